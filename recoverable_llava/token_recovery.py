@@ -1,0 +1,270 @@
+"""Recoverable compression: which patches of an image become visual tokens. The whole method, top to bottom.
+
+Source: Chen et al., "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information"
+(arXiv 2409.01179, AAAI 2025), section "Method". Training-free:
+
+    1. visual filter          as many patches as the class attention has outliers stay, by class attention;
+    2. text-guided recovery   patches that the question needs come back, by relevance to the question;
+    3. merging                the rest is merged into a few tokens, by nearest neighbours;
+    4. assembly               all of them in raster order, merged tokens last.
+
+Every step is a pure function of tensors for a whole batch: ragged results are boolean masks [B, N], no step loops over
+images, patches or centres, and nothing is copied to the host. The one number that a caller in adaptive mode needs on
+the host, the longest image's token count, is part of the result.
+
+Where this parts from the paper's released code: docs/deviations.md.
+
+B images, N patches, C channels, K kept tokens, M merged tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .local_outlier_factor import local_outlier_factor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which patches stay, which come back, and which become centres of merged tokens.
+
+    The three masks are disjoint. `num_tokens` is their sum plus one for the remaining token, where there is one.
+    """
+
+    kept_by_vision: torch.Tensor  # [B, N] bool
+    recovered_by_text: torch.Tensor  # [B, N] bool
+    merge_centres: torch.Tensor  # [B, N] bool
+    merges_remaining: torch.Tensor  # [B] bool: one more token stands for the patches that no centre absorbs
+    num_visual: torch.Tensor  # [B] long
+    num_text: torch.Tensor  # [B] long
+    num_merged: torch.Tensor  # [B] long, the remaining token included
+    num_tokens: torch.Tensor  # [B] long
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How the kept tokens are made of patches: `tokens = gather([patches, merge_weights @ patches], token_index)`."""
+
+    merge_weights: torch.Tensor  # [B, M, N] float32, each row a weighted mean over patches (or zero where unused)
+    token_index: torch.Tensor  # [B, K] long into the N patches followed by the M merged tokens
+    token_mask: torch.Tensor  # [B, K] bool: False where an image has fewer than K tokens
+
+
+def select_tokens(
+    visual_scores: torch.Tensor,
+    text_scores: torch.Tensor | None = None,
+    has_question: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    *,
+    visual_lof_neighbors: int = 20,
+    text_lof_neighbors: int = 20,
+    merge_lof_neighbors: int = 10,
+    lof_threshold: float = 1.5,
+    merge_remaining: bool = True,
+    min_visual_tokens: int = 1,
+    max_visual_tokens: int | None = None,
+    visual_token_budget: int | None = None,
+) -> Selection:
+    """Steps 1 to 3: how many tokens each step is due, and which patches they are.
+
+    Args:
+        visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
+        text_scores: [B, N] relevance of each patch to the question; None leaves step 2 out.
+        has_question: [B] bool; False leaves step 2 out for that image. None means all True.
+        valid: [B, N] bool; False for patches that hold no picture (padding of tiled models). None means all True.
+        visual_lof_neighbors, text_lof_neighbors, merge_lof_neighbors: neighbours of the Local Outlier Factor.
+        lof_threshold: a score is an outlier when its Local Outlier Factor is above this.
+        merge_remaining: one more token for the patches that no centre absorbs.
+        min_visual_tokens: the visual filter keeps at least this many (or all valid patches, if fewer).
+        max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
+        visual_token_budget: exact number of an image's tokens, split among the three kinds in proportion to what the
+            outliers ask for. Every image must have at least this many valid patches.
+
+    Raises:
+        ValueError: if shapes disagree, or a budget or bound does not fit into N.
+    """
+    num_patches = visual_scores.shape[-1]
+    for name, scores in {"text_scores": text_scores, "valid": valid}.items():
+        if scores is not None and scores.shape != visual_scores.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(scores.shape)}, but visual_scores {tuple(visual_scores.shape)}: pass one "
+                "value per patch of each image."
+            )
+    for name, limit in {"visual_token_budget": visual_token_budget, "max_visual_tokens": max_visual_tokens}.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}.")
+    if visual_token_budget is not None and visual_token_budget > num_patches:
+        raise ValueError(
+            f"visual_token_budget ({visual_token_budget}) is larger than the number of patches of an image "
+            f"({num_patches}): lower it, or switch compression off."
+        )
+    if valid is None:
+        valid = torch.ones_like(visual_scores, dtype=torch.bool)
+    if has_question is None:
+        has_question = valid.new_ones(len(visual_scores))
+    visual_scores = _lowest_where_not_finite(visual_scores, valid)
+
+    # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention.
+    num_valid = valid.sum(1)
+    num_visual = _num_outliers(visual_scores, valid, visual_lof_neighbors, lof_threshold)
+    num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
+    kept_by_vision = _highest(visual_scores, num_visual, valid)
+
+    # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
+    # is the share of the other patches to recover.
+    if text_scores is None:
+        num_text = torch.zeros_like(num_visual)
+        recovered_by_text = torch.zeros_like(valid)
+    else:
+        text_scores = _lowest_where_not_finite(text_scores, valid)
+        lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+        unmet = torch.where(kept_by_vision, lowest, text_scores)
+        outliers = _num_outliers(unmet, valid, text_lof_neighbors, lof_threshold)
+        num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1) * has_question
+        recovered_by_text = _highest(text_scores, num_text, valid & ~kept_by_vision)
+
+    # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
+    left_over = valid & ~kept_by_vision & ~recovered_by_text
+    num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
+    merges_remaining = (num_centres < left_over.sum(1)) & merge_remaining
+    num_merged = num_centres + merges_remaining
+
+    # Budget: with an exact or a largest number of tokens, the three kinds share it as their outliers ask.
+    asked = torch.stack([num_visual, num_text, num_merged], dim=1)
+    total = asked.sum(1)
+    if visual_token_budget is not None:
+        total = num_valid.clamp(max=visual_token_budget)
+    elif max_visual_tokens is not None:
+        total = total.clamp(max=max_visual_tokens)
+    if visual_token_budget is not None or max_visual_tokens is not None:
+        num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
+        kept_by_vision = _highest(visual_scores, num_visual, valid)
+        if text_scores is not None:
+            recovered_by_text = _highest(text_scores, num_text, valid & ~kept_by_vision)
+        left_over = valid & ~kept_by_vision & ~recovered_by_text
+        merges_remaining = (num_merged > 0) & (num_merged < left_over.sum(1)) & merge_remaining
+    merge_centres = _highest(visual_scores, num_merged - merges_remaining.long(), left_over)
+
+    return Selection(
+        kept_by_vision=kept_by_vision,
+        recovered_by_text=recovered_by_text,
+        merge_centres=merge_centres,
+        merges_remaining=merges_remaining,
+        num_visual=num_visual,
+        num_text=num_text,
+        num_merged=num_merged,
+        num_tokens=num_visual + num_text + num_merged,
+    )
+
+
+def assemble_tokens(
+    selection: Selection,
+    visual_scores: torch.Tensor,
+    keys: torch.Tensor,
+    text_scores: torch.Tensor | None = None,
+    has_question: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    *,
+    num_tokens: int,
+    num_merged: int,
+    merge_neighbors: int = 32,
+    text_merge_weight: float = 50.0,
+) -> Assembly:
+    """Steps 3 and 4: what each merged token is made of, and the order of all tokens.
+
+    A centre absorbs the `merge_neighbors` left-over patches that are nearest to it, by cosine similarity of the keys
+    less `text_merge_weight` times the difference in relevance to the question. A patch may be absorbed by several
+    centres. The merged token is the mean of the centre and what it absorbed, weighted by class attention, so that it
+    stays on the scale of a real token. What no centre absorbs becomes the remaining token (all left-over patches, in
+    case the centres absorb every one).
+
+    Args:
+        selection: of the same images, from `select_tokens`.
+        visual_scores, text_scores, has_question, valid: as given to `select_tokens`.
+        keys: [B, N, C] attention keys of the patches.
+        num_tokens, num_merged: K and M, at least the largest `selection.num_tokens` and `selection.num_merged`.
+        merge_neighbors: how many patches a centre absorbs.
+        text_merge_weight: weight of the difference in relevance.
+    """
+    batch_size, num_patches = visual_scores.shape
+    kept = selection.kept_by_vision | selection.recovered_by_text
+    absorbable = ~(kept | selection.merge_centres)
+    if valid is not None:
+        absorbable = absorbable & valid
+
+    # Step 3: one row of weights per centre, centres in raster order.
+    centre = _first_true(selection.merge_centres, num_merged)  # [B, M]
+    slot = torch.arange(num_merged, device=keys.device)
+    num_centres = selection.merge_centres.sum(1, keepdim=True)
+    is_centre = slot < num_centres
+    keys = torch.nn.functional.normalize(keys.float(), dim=-1)
+    affinity = keys.gather(1, centre[:, :, None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)  # [B, M, N]
+    if text_scores is not None:
+        text_scores = text_scores.float() if has_question is None else text_scores.float() * has_question[:, None]
+        difference = (text_scores.gather(1, centre)[:, :, None] - text_scores[:, None, :]).abs()
+        affinity = affinity - text_merge_weight * difference
+    nearest = affinity.masked_fill(~absorbable[:, None, :], -torch.inf).topk(min(merge_neighbors, num_patches)).indices
+    absorbed = torch.zeros_like(affinity, dtype=torch.bool).scatter_(2, nearest, True)
+    absorbed = absorbed & absorbable[:, None, :] & is_centre[:, :, None]
+    is_itself = torch.zeros_like(absorbed).scatter_(2, centre[:, :, None], is_centre[:, :, None])
+
+    unabsorbed = absorbable & ~absorbed.any(1)
+    unabsorbed = torch.where(unabsorbed.any(1, keepdim=True), unabsorbed, absorbable)
+    is_remaining = (slot == num_centres) & selection.merges_remaining[:, None]
+    members = absorbed | is_itself | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
+    smallest = torch.finfo(torch.float32).tiny
+    weights = members * _lowest_where_not_finite(visual_scores, torch.ones_like(kept)).float().clamp(min=smallest)[:, None]
+    merge_weights = weights / weights.sum(2, keepdim=True).clamp(min=smallest)
+
+    # Step 4: kept patches in raster order, then the merged tokens.
+    exists = torch.cat([kept, is_centre | is_remaining], dim=1)
+    return Assembly(
+        merge_weights=merge_weights,
+        token_index=_first_true(exists, num_tokens),
+        token_mask=torch.arange(num_tokens, device=keys.device) < selection.num_tokens[:, None],
+    )
+
+
+def gather_tokens(patches: torch.Tensor, assembly: Assembly) -> torch.Tensor:
+    """The kept tokens [B, K, C] of the patches [B, N, C]; zero where `assembly.token_mask` is False."""
+    merged = assembly.merge_weights.to(patches.dtype) @ patches
+    index = assembly.token_index[:, :, None].expand(-1, -1, patches.shape[-1])
+    tokens = torch.cat([patches, merged], dim=1).gather(1, index)
+    return tokens.masked_fill(~assembly.token_mask[:, :, None], 0)
+
+
+def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Scores [B, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
+    scores = scores.float()
+    usable = scores.isfinite() & valid
+    lowest = scores.masked_fill(~usable, torch.inf).amin(1, keepdim=True)
+    lowest = torch.where(lowest.isfinite(), lowest, 0.0)
+    return torch.where(scores.isfinite(), scores, lowest)
+
+
+def _num_outliers(scores: torch.Tensor, valid: torch.Tensor, num_neighbors: int, threshold: float) -> torch.Tensor:
+    """[B] number of valid scores whose Local Outlier Factor is above the threshold."""
+    return (local_outlier_factor(scores, num_neighbors, valid) > threshold).sum(1)
+
+
+def _highest(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """[B, N] mask of the `count` [B] highest scores of each row within the mask `among`; the first of equal ones."""
+    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(among).scatter_(1, order, rank < count[:, None]) & among
+
+
+def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, count] indices of the True entries of each row, in order; rows with fewer go on with indices of False."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def _apportion(asked: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Split `total` [B] tokens in proportion to `asked` [B, kinds], exactly, by largest remainders."""
+    product = asked * total[:, None]
+    whole = asked.sum(1, keepdim=True).clamp(min=1)
+    shares, remainders = product // whole, product % whole
+    left = total[:, None] - shares.sum(1, keepdim=True)
+    by_remainder = remainders.argsort(dim=1, descending=True, stable=True)
+    extra = (torch.arange(asked.shape[1], device=asked.device) < left).to(shares.dtype)
+    return shares + torch.empty_like(shares).scatter_(1, by_remainder, extra)
