@@ -1,0 +1,1 @@
+"""The recipe of the embedded checkpoint: scenes, tokenizers, model, training, evaluation, export."""
