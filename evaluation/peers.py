@@ -17,6 +17,7 @@ from evaluation.evidence import Evidence
 from recoverable_llava.local_outlier_factor import local_outlier_factor
 from recoverable_llava.token_recovery import Assembly
 
+
 SelectionRule = Callable[[Evidence, int | None], Assembly]
 
 
@@ -137,8 +138,7 @@ def cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> Ass
 
 
 def centred_cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> Assembly:
-    """Cen-Prune's correction of CDPruner: mean-centred similarity, and relevance times how unlike the others a patch is.
-    """
+    """Cen-Prune's correction of CDPruner: mean-centred similarity, relevance times how unlike the others a patch is."""
     raw = normalize(evidence.projected.float(), dim=-1)
     centred = evidence.projected.float()
     centred = normalize(centred - centred.mean(1, keepdim=True), dim=-1)
@@ -289,7 +289,8 @@ def _prumerge(evidence: Evidence, centres: torch.Tensor) -> Assembly:
     merged, is_centre = _absorb(centres, everything, evidence.keys, attention, torch.zeros_like(attention))
     remaining = (~centres) * attention
     weights = torch.cat([merged, remaining[:, None]], dim=1)
-    return assembly_of(torch.zeros_like(centres), weights, torch.cat([is_centre, is_centre.new_ones(len(centres), 1)], 1))
+    is_used = torch.cat([is_centre, is_centre.new_ones(len(centres), 1)], dim=1)
+    return assembly_of(torch.zeros_like(centres), weights, is_used)
 
 
 def _absorb(

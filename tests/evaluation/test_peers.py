@@ -12,6 +12,7 @@ from evaluation import peers
 from evaluation.evidence import Evidence
 from recoverable_llava.token_recovery import gather_tokens
 
+
 ROWS, COLUMNS, CHANNELS, JOINT, TOKENS = 8, 6, 16, 12, 5
 PATCHES = ROWS * COLUMNS
 BUDGETS = [1, 7, 20, PATCHES]

@@ -1,0 +1,81 @@
+"""The comparison in one command:
+
+    python -m evaluation --model checkpoints/tiny --split test --budgets 192 128 64 58 32 16 adaptive
+
+Any repo that `hub_upload` made works in place of `checkpoints/tiny`; bring its questions as `--data questions.jsonl`
+(see `evaluation.examples`). Writes results.json, results.csv, results.md and retained.png, and prints the table.
+"""
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from evaluation.compared_model import ComparedLlava
+from evaluation.examples import load_examples
+from evaluation.methods import METHODS, find_methods
+from evaluation.report import make_table, markdown, write_table
+from evaluation.runner import plan_runs, run_all
+from recoverable_llava import RecoverableLlavaProcessor
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or repo id of a recoverable-llava checkpoint")
+    parser.add_argument("--data", default="scenes", help="'scenes', or a file of questions, one JSON object a line")
+    parser.add_argument("--split", default="validation", choices=("validation", "test", "combination"))
+    parser.add_argument("--images", type=int, default=200, help="how many pictures to ask about")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--budgets", nargs="+", default=["58", "adaptive"], help="numbers of tokens, and 'adaptive'")
+    parser.add_argument("--reference", default="ours", help="the method that the others are compared with")
+    parser.add_argument("--output", type=Path, default=Path("evaluation/results"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare inputs")
+    options = parser.parse_args(arguments)
+
+    logging.set_verbosity_error()
+    budgets = [None if budget == "adaptive" else int(budget) for budget in options.budgets]
+    runs = plan_runs(find_methods(options.methods), budgets)
+    images, examples = load_examples(options.data, options.split, options.images, options.seed)
+    processor = RecoverableLlavaProcessor.from_pretrained(options.model)
+    model = ComparedLlava.from_pretrained(options.model, dtype=options.dtype).to(options.device).eval()
+
+    start = time.perf_counter()
+    outcomes = run_all(
+        model,
+        processor,
+        images,
+        examples,
+        runs,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        workers=options.workers,
+    )
+    rows = make_table(examples, outcomes, options.reference)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+    facts = {name: str(value) for name, value in vars(options).items()} | {
+        "pictures": len(images),
+        "questions": len(examples),
+        "seconds": round(time.perf_counter() - start, 1),
+        "hardware": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "defaults": {
+            name: value for name, value in model.config.to_diff_dict().items() if not isinstance(value, (dict, list))
+        },
+    }
+    write_table(rows, facts, options.output)
+    print(markdown(rows))
+    print(f"\n{len(examples)} questions about {len(images)} pictures on {device}: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Asks every question of every method, the vision tower run once per batch of images for all of them.
+
+B prompts, I images of a batch.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.compared_model import CONSTANT_PROMPT, ComparedLlava, configured, gather_evidence
+from evaluation.evidence import Evidence
+from evaluation.examples import Example, is_correct
+from evaluation.methods import Method
+from evaluation.report import ALL_TOKENS, Outcome
+from recoverable_llava import RecoverableLlavaProcessor, VisionFeatures
+
+
+# Fields of the configuration that change what is read off the vision tower.
+TOWER_FIELDS = ("attention_layer", "text_relevance")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method at one budget; None lets the method decide per image."""
+
+    name: str
+    method: Method
+    budget: int | None
+
+
+def plan_runs(methods: dict[str, Method], budgets: list[int | None]) -> list[Run]:
+    """Every method at every budget that it can run with."""
+    runs = []
+    for name, method in methods.items():
+        wanted = [b for b in budgets if (method.is_adaptive if b is None else method.is_fixed)]
+        runs += [Run(name, method, budget) for budget in ([None] if name == ALL_TOKENS else wanted)]
+    return runs
+
+
+class Batches(torch.utils.data.Dataset):
+    """Examples as inputs of the model, a batch an item, so that worker processes can prepare them."""
+
+    def __init__(
+        self, processor: RecoverableLlavaProcessor, images: list[Image.Image], examples: list[Example], batch_size: int
+    ) -> None:
+        self.processor, self.images, self.examples, self.batch_size = processor, images, examples, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        if number >= len(self):
+            raise IndexError(f"There are {len(self)} batches, got number {number}.")
+        batch = self.examples[number * self.batch_size : (number + 1) * self.batch_size]
+        prompts = [self.processor.apply_chat_template(conversation(e), add_generation_prompt=True) for e in batch]
+        inputs = self.processor(
+            images=[self.images[example.image] for example in batch],
+            text=prompts,
+            questions=[example.question for example in batch],
+            padding=True,
+            return_tensors="pt",
+        )
+        wrong = self.processor.question_tokenizer(
+            [example.wrong_question for example in batch],
+            padding="max_length",
+            truncation=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        # Each image once; which one belongs to which row.
+        numbers = [example.image for example in batch]
+        unique = list(dict.fromkeys(numbers))
+        return {
+            **inputs,
+            "pixel_values": inputs["pixel_values"][[numbers.index(image) for image in unique]],
+            "row_of_question": torch.tensor([unique.index(image) for image in numbers]),
+            "wrong_input_ids": wrong["input_ids"],
+            "wrong_attention_mask": wrong["attention_mask"],
+        }
+
+
+def conversation(example: Example) -> list[dict[str, Any]]:
+    """The chat of an example, the picture in its first turn."""
+    questions = [*(question for question, _ in example.history), example.question]
+    answers = [answer for _, answer in example.history]
+    messages: list[dict[str, Any]] = []
+    for turn, question in enumerate(questions):
+        image = [{"type": "image"}] if turn == 0 else []
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        if turn < len(answers):
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[turn]}]})
+    return messages
+
+
+@torch.no_grad()
+def run_all(
+    model: ComparedLlava,
+    processor: RecoverableLlavaProcessor,
+    images: list[Image.Image],
+    examples: list[Example],
+    runs: list[Run],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    workers: int = 0,
+) -> list[Outcome]:
+    """Greedy answers of every run to every example."""
+    batches = torch.utils.data.DataLoader(
+        Batches(processor, images, examples, batch_size), batch_size=None, num_workers=workers
+    )
+    constant = processor.question_tokenizer(
+        CONSTANT_PROMPT, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
+    )["input_ids"].to(model.device)
+    answers: list[list[str]] = [[] for _ in runs]
+    num_tokens: list[list[int]] = [[] for _ in runs]
+    seconds = [0.0 for _ in runs]
+    progress = tqdm(total=len(batches) * len(runs), desc="answers", unit="run")
+    for inputs in batches:
+        batch = _Batch(model, {name: value.to(model.device) for name, value in inputs.items()}, constant)
+        for number, run in enumerate(runs):
+            texts, counts, spent = batch.answer(run, processor, max_new_tokens)
+            answers[number] += texts
+            num_tokens[number] += counts
+            seconds[number] += spent
+            progress.update()
+    progress.close()
+    expected = next(answers[number] for number, run in enumerate(runs) if run.name == ALL_TOKENS)
+    return [
+        Outcome(
+            method=run.name,
+            budget=run.budget,
+            correct=np.array([is_correct(text, e.answer) for text, e in zip(texts, examples, strict=True)]),
+            agrees=np.array([text == full for text, full in zip(texts, expected, strict=True)]),
+            num_tokens=np.array(counts, dtype=float),
+            selector_milliseconds=1000 * spent / len(examples),
+            answers=texts,
+        )
+        for run, texts, counts, spent in zip(runs, answers, num_tokens, seconds, strict=True)
+    ]
+
+
+class _Batch:
+    """One batch on the device, with what the towers say about it kept for all runs."""
+
+    def __init__(self, model: ComparedLlava, inputs: dict[str, torch.Tensor], constant: torch.Tensor) -> None:
+        self.model, self.inputs, self.constant = model, inputs, constant
+        self._vision: dict[tuple, VisionFeatures] = {}
+        self._evidence: dict[str, Evidence] = {}
+
+    def answer(
+        self, run: Run, processor: RecoverableLlavaProcessor, max_new_tokens: int
+    ) -> tuple[list[str], list[int], float]:
+        """Answers, tokens per image, and the seconds that choosing them took."""
+        base, method = self.model.model, run.method
+        base.rule, base.budget, base.selector_seconds = method.rule, run.budget, 0.0
+        base.evidence = None if method.rule is None else self.evidence(method.question)
+        budget = {} if method.rule is not None else {"visual_token_budget": run.budget}
+        with configured(self.model.config, **method.settings, **budget):
+            sequences = self.model.generate(
+                input_ids=self.inputs["input_ids"],
+                attention_mask=self.inputs["attention_mask"],
+                vision_features=self.vision(),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                **self.question(method.question),
+            )
+        new = sequences[:, self.inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        return texts, base.num_tokens.tolist(), base.selector_seconds
+
+    def question(self, which: str) -> dict[str, torch.Tensor]:
+        source = "wrong" if which == "wrong" else "question"
+        ids, mask = self.inputs[f"{source}_input_ids"], self.inputs[f"{source}_attention_mask"]
+        return {
+            "question_input_ids": ids,
+            "question_attention_mask": torch.zeros_like(mask) if which == "none" else mask,
+        }
+
+    def vision(self) -> VisionFeatures:
+        """What the model reads off the tower under its present configuration, a row per question."""
+        key = tuple(getattr(self.model.config, name) for name in TOWER_FIELDS)
+        if key not in self._vision:
+            self._vision[key] = self.model.get_vision_features(self.inputs["pixel_values"])
+        vision, rows = self._vision[key], self.inputs["row_of_question"]
+        each = {field.name: getattr(vision, field.name) for field in fields(vision)}
+        return replace(vision, **{name: value[rows] for name, value in each.items() if isinstance(value, torch.Tensor)})
+
+    def evidence(self, which: str) -> Evidence:
+        if which not in self._evidence:
+            question = self.question(which)
+            self._evidence[which] = gather_evidence(
+                self.model.model,
+                self.inputs["pixel_values"],
+                question["question_input_ids"],
+                question["question_attention_mask"],
+                self.constant,
+                self.inputs["row_of_question"],
+            )
+        return self._evidence[which]

@@ -1,0 +1,186 @@
+"""The comparison on a tiny model with random weights: every method runs through the model's own path."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.__main__ import main
+from evaluation.compared_model import ComparedLlava, configured, gather_evidence
+from evaluation.examples import Example, load_examples
+from evaluation.methods import METHODS, find_methods
+from evaluation.report import ALL_TOKENS
+from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
+from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor
+
+
+QUESTIONS = ["what is this ?", "how many dog are there ?", "where is the cat ?", "describe the red picture please"]
+# The tiny tower has 36 patches.
+BUDGETS = [9, 4]
+SMALL = {"visual_lof_neighbors": 6, "text_lof_neighbors": 6, "merge_lof_neighbors": 4}
+
+
+@pytest.fixture(scope="module")
+def questions_file(tmp_path_factory, pictures):
+    folder = tmp_path_factory.mktemp("questions")
+    lines = []
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+        for question in QUESTIONS[: 2 + number % 2]:
+            text = {"question": f"{number} {question}", "answer": "a cat", "kind": question[:3]}
+            lines.append({"image": f"{number}.png", **text})
+    lines.append(
+        {"image": "3.png", "question": "why ?", "answer": "no", "kind": "second turn", "history": [["what ?", "dog"]]}
+    )
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def setting(repo_folder, questions_file):
+    images, examples = load_examples(str(questions_file), "test", 10)
+    processor = RecoverableLlavaProcessor.from_pretrained(repo_folder)
+    return ComparedLlava.from_pretrained(repo_folder).eval(), processor, images, examples
+
+
+def test_every_method_answers_and_meets_its_budget(setting):
+    methods = {name: method for name, method in METHODS.items() if "paper" not in name}
+    runs = plan_runs(methods, [*BUDGETS, None])
+    outcomes = run_all(*setting, runs, batch_size=4, max_new_tokens=3)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        assert len(outcome.answers) == len(setting[3])
+        if run.budget is not None:
+            assert (outcome.num_tokens == run.budget).all(), run.name
+        if run.name == ALL_TOKENS:
+            assert (outcome.num_tokens == 36).all() and outcome.agrees.all()
+    assert any(not outcome.agrees.all() for outcome in outcomes)
+
+
+def test_all_tokens_and_our_own_method_are_the_plain_model(setting, repo_folder):
+    model, processor, images, examples = setting
+    runs = [
+        Run(ALL_TOKENS, METHODS[ALL_TOKENS], None),
+        Run("ours", METHODS["ours"], 7),
+        Run("ours", METHODS["ours"], None),
+    ]
+    everything, fixed, adaptive = run_all(*setting, runs, batch_size=3, max_new_tokens=4)
+    plain = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder).eval()
+    for number, example in enumerate(examples):
+        prompt = processor.apply_chat_template(conversation(example), add_generation_prompt=True)
+        inputs = processor(images=images[example.image], text=prompt, return_tensors="pt")
+        for outcome, settings in [
+            (everything, {"compress": False}),
+            (fixed, {"visual_token_budget": 7}),
+            (adaptive, {}),
+        ]:
+            with configured(plain.config, **settings):
+                sequence = plain.generate(**inputs, do_sample=False, max_new_tokens=4)[0]
+            answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            assert outcome.answers[number] == answer
+    assert (adaptive.num_tokens == adaptive.num_tokens[0]).sum() < len(examples)
+
+
+def test_answers_do_not_depend_on_the_batch(setting):
+    runs = plan_runs(find_methods(["ours", "CDPruner", "PruMerge"]), [9, None])
+    together = run_all(*setting, runs, batch_size=16, max_new_tokens=3)
+    apart = run_all(*setting, runs, batch_size=1, max_new_tokens=3)
+    for one, other in zip(together, apart, strict=True):
+        assert one.answers == other.answers and np.array_equal(one.num_tokens, other.num_tokens)
+
+
+def test_the_question_that_guides_is_the_one_asked_for(setting):
+    model, processor, images, examples = setting
+    assert all(e.wrong_question for e in examples)
+    runs = [
+        Run(name, METHODS[name], None) for name in (ALL_TOKENS, "ours", "ours, wrong question", "ours, no question")
+    ]
+    _, own, wrong, none = run_all(*setting, runs, batch_size=4, max_new_tokens=2)
+    assert not np.array_equal(own.num_tokens, none.num_tokens)
+    assert not np.array_equal(own.num_tokens, wrong.num_tokens)
+
+
+@torch.no_grad()
+def test_evidence_agrees_with_the_towers_own_outputs(setting, repo_folder):
+    """The class attention against an eager tower's, embeddings against CLIP's own path."""
+    model, processor, images, examples = setting
+    inputs = Batches(processor, images, examples, 4)[0]
+    constant = processor.question_tokenizer("a", padding="max_length", return_tensors="pt")["input_ids"]
+    evidence = gather_evidence(
+        model.model,
+        inputs["pixel_values"],
+        inputs["question_input_ids"],
+        inputs["question_attention_mask"],
+        constant,
+        inputs["row_of_question"],
+    )
+    eager = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder, attn_implementation="eager").eval()
+    rows = inputs["row_of_question"]
+    outputs = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    for scores, attention in [
+        (evidence.class_attention, outputs.attentions[-1]),
+        (evidence.previous_class_attention, outputs.attentions[-2]),
+    ]:
+        torch.testing.assert_close(scores, attention.mean(1)[rows, 0, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(evidence.patches, outputs.hidden_states[-2][rows, 1:], atol=1e-4, rtol=1e-4)
+    assert evidence.undivided_class_attention.sum(1).max() <= 1.0001
+    last = evidence.question_token_mask.sum(1)
+    assert (last == inputs["question_attention_mask"].sum(1) - 2).all()
+    for name in ("projected", "negated", "value"):
+        with configured(model.config, text_relevance=name):
+            vision = model.get_vision_features(inputs["pixel_values"])
+        expected = (vision.relevance_embeds[rows] @ evidence.question_embedding[:, :, None]).squeeze(2)
+        torch.testing.assert_close(evidence.relevance[name], expected)
+
+
+def test_the_command_writes_its_files(repo_folder, questions_file, tmp_path, capsys):
+    options = [
+        "--methods",
+        "ours",
+        "random",
+        "--budgets",
+        "9",
+        "adaptive",
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "2",
+    ]
+    places = ["--model", repo_folder, "--data", str(questions_file), "--output", str(tmp_path), "--device", "cpu"]
+    main([*places, *options])
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in document["rows"]] == [ALL_TOKENS, "ours", "ours", "random"]
+    assert document["facts"]["questions"] == 11
+    for name in ("results.csv", "results.md", "retained.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert "| ours | adaptive |" in capsys.readouterr().out
+
+
+def test_scenes_have_all_kinds_and_wrong_questions_about_other_pictures():
+    images, examples = load_examples("scenes", "validation", 6)
+    assert len(images) == 6 and images[0].size == (336, 336)
+    kinds = {example.kind for example in examples}
+    assert {"existence", "attribute", "reading", "counting", "location", "relation", "choice", "second turn"} <= kinds
+    by_question = {(e.kind, e.question): e.image for e in reversed(examples)}
+    assert all(by_question[e.kind, e.wrong_question] != e.image for e in examples if e.kind == "existence")
+    assert all(e.history for e in examples if e.kind == "second turn")
+    assert load_examples("scenes", "validation", 6)[1] == examples
+
+
+def test_clear_errors(tmp_path):
+    with pytest.raises(ValueError, match="Unknown methods .'none such'"):
+        find_methods(["none such"])
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"image": "a.png", "question": "what ?"}')
+    with pytest.raises(ValueError, match="without .'answer', 'kind'"):
+        load_examples(str(file), "test", 1)
+    with pytest.raises(ValueError, match="no fields .'no_such_field'"), configured(object(), no_such_field=1):
+        pass
+
+
+def test_conversation_has_the_picture_in_its_first_turn():
+    messages = conversation(Example(0, "and then ?", "no", "second turn", (("what ?", "a dog"),)))
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
+    assert [part["type"] for part in messages[2]["content"]] == ["text"]
