@@ -3,9 +3,10 @@
 Source: Breunig et al., "LOF: Identifying Density-Based Local Outliers" (SIGMOD 2000), in the exact form of
 scikit-learn's `LocalOutlierFactor(n_neighbors=k, contamination="auto")`, which the paper's release calls on the CPU.
 
-The design rests on one fact: in one dimension the k nearest neighbours of a point, together with the point itself,
-are k + 1 *consecutive* values of the sorted scores. So no N x N distance matrix, no tree and no search is needed: one
-sort, then element-wise work on [B, N, k + 1].
+The design rests on two facts of one dimension. The k nearest neighbours of a point are among the k scores before and
+the k scores after it in sorted order. And of these 2k exactly one of each pair (o-th before, (k + 1 - o)-th after) is
+a neighbour, the nearer one: the o-th before is among the k nearest just when at most k - o of those after are nearer.
+So no N x N distance matrix, no tree, no search and no gather is needed: one sort, then element-wise work on [B, N, k].
 
 Where a smaller and a larger score are exactly as far away and only one of them fits among the k neighbours,
 scikit-learn takes whichever its tree visits first, which depends on the order of the input; here it is the smaller.
@@ -48,37 +49,33 @@ def local_outlier_factor(scores: torch.Tensor, num_neighbors: int, valid: torch.
         scores = scores.masked_fill(~valid, torch.inf)
     ordered, order = scores.sort(dim=1, stable=True)
 
-    # How far the o-th score to the left and to the right lies, o = 0..k; infinitely far outside the row.
-    positions = torch.arange(num_scores, device=scores.device)[:, None]
-    offsets = torch.arange(k + 1, device=scores.device)
-    padded = torch.nn.functional.pad(ordered, (k, 0), value=-torch.inf)
-    padded = torch.nn.functional.pad(padded, (0, k), value=torch.inf)
-    to_left = ordered[:, :, None] - padded[:, positions + k - offsets]  # [B, N, k + 1]
-    to_right = padded[:, positions + k + offsets] - ordered[:, :, None]
+    # Infinitely far neighbours stand outside the row; views of the k scores before and after each one pair them up.
+    pad, point = torch.nn.functional.pad, ordered[:, :, None]
+    to_lower = point - _scores_before(pad(ordered, (k, 0), value=-torch.inf), k)  # [B, N, k]
+    to_higher = _scores_after(pad(ordered, (0, k), value=torch.inf), k) - point
+    is_lower = to_lower <= to_higher
 
-    # The k nearest are some number of scores to the left and the rest to the right: the split with the nearest farther
-    # end. Among equal scores only a split will do that leaves out no score nearer than the k-distance.
-    k_distance = torch.maximum(to_left, to_right.flip(2)).amin(2)
-    num_nearer_right = ((to_right < k_distance[:, :, None]).sum(2) - 1).clamp(min=0)
-    num_within_left = (to_left <= k_distance[:, :, None]).sum(2) - 1
-    num_left = torch.minimum(k - num_nearer_right, num_within_left)
+    def of_neighbors(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(is_lower, _scores_before(pad(values, (k, 0)), k), _scores_after(pad(values, (0, k)), k))
 
-    neighborhood = positions - num_left[:, :, None] + offsets  # [B, N, k + 1], the point itself included
-    is_self = neighborhood == positions
-    neighborhood = neighborhood.clamp(0, num_scores - 1).flatten(1)
-
-    def of_neighborhood(values: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, neighborhood).unflatten(1, is_self.shape[1:])
-
-    def mean_of_neighbors(values: torch.Tensor) -> torch.Tensor:
-        return values.masked_fill(is_self, 0).sum(2) / k
-
-    distance = (of_neighborhood(ordered) - ordered[:, :, None]).abs()
-    density = 1 / (mean_of_neighbors(torch.maximum(distance, of_neighborhood(k_distance))) + _DENSITY_EPSILON)
-    factor = mean_of_neighbors(of_neighborhood(density)) / density
+    distance = torch.minimum(to_lower, to_higher)
+    k_distance = distance.amax(2)
+    reachability = torch.maximum(distance, of_neighbors(k_distance))
+    density = 1 / (reachability.mean(2) + _DENSITY_EPSILON)
+    factor = of_neighbors(density).mean(2) / density
 
     factor = torch.empty_like(factor).scatter_(1, order, factor)
     if valid is not None:
         has_enough = valid.sum(1, keepdim=True) > k
         factor = torch.where(valid & has_enough, factor, 1.0)
     return factor
+
+
+def _scores_before(padded: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, N, k] view of the k values before each of the last N of `padded` [B, k + N]."""
+    return padded[:, :-1].unfold(1, k, 1)
+
+
+def _scores_after(padded: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, N, k] view of the k values after each of the first N of `padded` [B, N + k]."""
+    return padded[:, 1:].unfold(1, k, 1)
