@@ -37,6 +37,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_recoverable_llava import RecoverableLlavaConfig
 from .prompt_shortening import (
@@ -438,6 +439,7 @@ class RecoverableLlavaModel(LlavaModel):
         assembly = self._assemble_tokens(selection, vision, text_scores, has_question, longest, most_merged)
         return Recovery(selection, assembly, vision.visual_scores, text_scores)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -756,10 +758,16 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         cache, history = kwargs.get("past_key_values"), getattr(kwargs.get("past_key_values"), _HISTORY, None)
         has_images = kwargs.get("pixel_values") is not None or kwargs.get("vision_features") is not None
-        is_stock = input_ids is None or kwargs.get("mm_encoder_outputs") or kwargs.get("inputs_embeds") is not None
-        if is_stock or kwargs.get("visual_embeds") is not None or (
-            history is None and not (has_images and self.config.compress)
-        ):
+        has_embeds = any(
+            kwargs.get(name) is not None for name in ("inputs_embeds", "visual_embeds", "mm_encoder_outputs")
+        )
+        if input_ids is None or has_embeds or (history is None and not (has_images and self.config.compress)):
+            if self.config.compress and not (has_images or has_embeds or input_ids is None or cache is not None):
+                count = int((input_ids == self.config.image_token_id).sum())
+                if count:
+                    raise ValueError(
+                        f"The prompts have {count} image placeholders, but no images were passed: add pixel_values."
+                    )
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -845,14 +853,14 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         else:
             new_mask = torch.ones_like(new_ids)
 
+        per_image = self.model._placeholders_per_image(strategy)
+        if pixel_values is not None and num_past:
+            pixel_values = self._images_of_new_tokens(pixel_values, input_ids, new_ids, per_image)
         if pixel_values is None and vision is None:
             short, visual_embeds = _unshortened(new_ids, new_mask, None), None
         else:
-            per_image = self.model._placeholders_per_image(strategy)
             question = self.model._read_question(len(input_ids), **question_inputs)
             if vision is None:
-                if num_past:
-                    pixel_values = self._images_of_new_tokens(pixel_values, input_ids, new_ids, per_image)
                 vision = self.model.get_vision_features(pixel_values, layer, strategy)
             new_positions = None if position_ids is None else position_ids[:, -new_ids.shape[1] :]
             short, visual_embeds = self.model.compress_prompt(new_ids, vision, question, new_mask, new_positions)
@@ -870,7 +878,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _images_of_new_tokens(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, new_ids: torch.Tensor, per_image: int
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Of the images of a full history, those whose placeholders are new; images of the new part alone stay."""
         image_token_id, budget = self.config.image_token_id, self.config.visual_token_budget
         in_all, in_new = ((ids == image_token_id).sum(1) for ids in (input_ids, new_ids))
@@ -882,7 +890,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if sum(num_all) == len(pixel_values):
                 is_new = [[False] * (a - n) + [True] * n for a, n in zip(num_all, num_new)]
                 index = torch.tensor([new for row in is_new for new in row], device=pixel_values.device)
-                return pixel_values[index]
+                return pixel_values[index] if any(num_new) else None
         raise self.model._placeholder_error(sum(counts[1]), len(pixel_values), per_image)
 
     def _count_original_length(
@@ -1007,8 +1015,8 @@ class _OriginalPromptCallback:
     def __init__(self, callback: Any, prompt: _GenerationPrompt):
         self.callback, self.prompt = callback, prompt
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self.callback(self.prompt.restore(input_ids), scores, **kwargs)
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        return self.callback(self.prompt.restore(input_ids), scores)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.callback, name)

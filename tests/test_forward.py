@@ -1,0 +1,262 @@
+"""A direct `forward` with compression: outputs keep the original length, caches can be continued by hand."""
+
+import copy
+
+import pytest
+import torch
+from test_generation import GREEDY, PROMPTS, batch_of, row_of, without_question
+from tiny import LANGUAGE_MODELS, NUM_PATCHES, RECOVERY, save_tiny_llava
+from transformers import DynamicCache
+
+from recoverable_llava.combine import combine
+
+
+def assert_rows_equal(model, processor, pictures, prompts, **options):
+    inputs = batch_of(processor, pictures, prompts, **options)
+    together = model(**inputs).logits
+    for index in range(len(prompts)):
+        alone = model(**row_of(processor, pictures, prompts, index)).logits
+        valid = inputs["attention_mask"][index].bool()
+        assert torch.allclose(together[index, valid], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        PROMPTS,
+        [PROMPTS[0], "USER: what is a dog ? ASSISTANT:", PROMPTS[2]],
+        ["USER: <image>\n and <image>\n what is it ? ASSISTANT:", "USER: what ? ASSISTANT:", PROMPTS[1]],
+    ],
+)
+def test_batch_equals_rows(model, processor, pictures, prompts, side):
+    assert_rows_equal(model, processor, pictures, prompts, padding_side=side)
+
+
+def test_outputs_have_the_original_length(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=False)
+    length = inputs["input_ids"].shape[1]
+    assert outputs.logits.shape[1] == length
+    assert all(states.shape[1] == length for states in outputs.hidden_states)
+    assert outputs.past_key_values.get_seq_length() < length
+    # A dropped position repeats what stands before it.
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    kept = model.recover_tokens(**inputs).selection.num_tokens
+    for row in range(len(kept)):
+        block = outputs.logits[row, is_image[row]]
+        assert torch.equal(block[kept[row] :], block[kept[row] - 1].expand(NUM_PATCHES - kept[row], -1))
+        assert not torch.equal(block[kept[row] - 1], block[kept[row] - 2])
+
+
+@pytest.mark.parametrize("logits_to_keep", [1, 5, torch.tensor([3, 44, 50])])
+def test_logits_to_keep(model, processor, pictures, logits_to_keep):
+    inputs = batch_of(processor, pictures)
+    every = model(**inputs).logits
+    wanted = every[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else every[:, logits_to_keep]
+    assert torch.allclose(model(**inputs, logits_to_keep=logits_to_keep).logits, wanted, atol=1e-6)
+
+
+def test_return_dict_false(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+    inner = model.model(**inputs, return_dict=False)
+    assert torch.equal(inner[0], model.model(**inputs).last_hidden_state)
+
+
+def test_generate_begins_where_forward_ends(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    expected = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1]]
+    assert torch.equal(model(**inputs).logits[:, -1].argmax(-1), expected)
+
+
+def test_decode_loop_by_hand(model, processor, pictures):
+    model.generation_config.eos_token_id = None
+    inputs = batch_of(processor, pictures)
+    expected = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    for style in ("full mask", "short mask", "positions"):
+        outputs, answer, mask = model(**inputs), [], inputs["attention_mask"]
+        for _ in range(6):
+            answer.append(outputs.logits[:, -1:].argmax(-1))
+            cache = outputs.past_key_values
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step = {"input_ids": answer[-1], "past_key_values": cache, "attention_mask": mask}
+            if style == "positions":
+                step["position_ids"] = mask.sum(1, keepdim=True) - 1
+            if style == "short mask":
+                step["attention_mask"] = cache.compressed_history.short_attention_mask.new_ones(3, 1)
+            outputs = model(**step)
+        assert torch.equal(torch.cat(answer, dim=1), expected), style
+
+
+@torch.no_grad()
+def test_a_cache_from_forward_serves_generate(model, processor, pictures):
+    model.generation_config.eos_token_id = None
+    inputs = batch_of(processor, pictures)
+    cache = DynamicCache(config=model.config.get_text_config())
+    cut = inputs["input_ids"].shape[1] - 3
+    prefix = {**inputs, "input_ids": inputs["input_ids"][:, :cut], "attention_mask": inputs["attention_mask"][:, :cut]}
+    model(**prefix, past_key_values=cache)
+    once = copy.deepcopy(cache)
+    result = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], past_key_values=once, **GREEDY
+    )
+    assert torch.equal(result, model.generate(**inputs, **GREEDY))
+
+
+def test_new_image_in_a_later_forward(model, processor, pictures):
+    first = row_of(processor, pictures, PROMPTS, 0)
+    second = processor(images=[[pictures[2]]], text=["USER: <image>\n and this ? ASSISTANT:"], return_tensors="pt")
+    cache = model(**first).past_key_values
+    turn = {name: value for name, value in second.items() if name != "attention_mask"}
+    continued = model(**turn, past_key_values=cache)
+    assert continued.logits.shape[1] == second["input_ids"].shape[1]
+    # Both images in one prompt, each guided by its own turn's question, is the same computation.
+    vision = model.get_vision_features(torch.cat([first["pixel_values"], second["pixel_values"]]))
+    embeds = [model.get_question_embeds(turn["question_input_ids"]) for turn in (first, second)]
+    history = continued.past_key_values.compressed_history
+    counts = [
+        model.recover_tokens(
+            input_ids=one["input_ids"], pixel_values=one["pixel_values"], question_embeds=question
+        ).selection.num_tokens.item()
+        for one, question in zip((first, second), embeds)
+    ]
+    text = sum(int((one["input_ids"] != model.config.image_token_id).sum()) for one in (first, second))
+    assert history.short_input_ids.shape[1] == text + sum(counts) == continued.past_key_values.get_seq_length()
+    assert torch.equal(history.input_ids, torch.cat([first["input_ids"], second["input_ids"]], dim=1))
+    assert len(vision.patches) == 2
+
+
+def test_mask_over_pairs_is_refused(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(3, 1, length, length, dtype=torch.bool)
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        model(**inputs)
+
+
+def test_mask_of_no_known_length_is_refused(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    cache = model(**inputs).past_key_values
+    with pytest.raises(ValueError, match="attention_mask has 7 columns for 1 new tokens"):
+        model(
+            input_ids=torch.ones(3, 1, dtype=torch.long),
+            attention_mask=torch.ones(3, 7, dtype=torch.long),
+            past_key_values=cache,
+        )
+
+
+def test_packed_sequences(model, processor, pictures):
+    """Two prompts in one row, told apart by positions that restart, equal the two prompts alone."""
+    rows = [row_of(processor, pictures, PROMPTS, index) for index in range(2)]
+    ids = torch.cat([row["input_ids"] for row in rows], dim=1)
+    positions = torch.cat([torch.arange(row["input_ids"].shape[1])[None] for row in rows], dim=1)
+    # One question per row of the batch: the packed row has one, so both prompts ask the same.
+    question = {name: rows[0][name] for name in rows[0] if "question" in name}
+    packed = model(
+        input_ids=ids,
+        pixel_values=torch.cat([row["pixel_values"] for row in rows]),
+        position_ids=positions,
+        use_cache=False,
+        **question,
+    ).logits
+    alone = [
+        model(input_ids=row["input_ids"], pixel_values=row["pixel_values"], **question).logits for row in rows
+    ]
+    assert torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-5)
+
+
+def test_loss_by_hand(model, processor, pictures):
+    for side in ("left", "right"):
+        inputs = batch_of(processor, pictures, padding_side=side)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        outputs = model(**inputs, labels=labels)
+        total, count = 0.0, 0
+        for row in range(3):
+            ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row]
+            for position in range(1, len(ids)):
+                if mask[position] == 0 or mask[position - 1] == 0 or ids[position] == model.config.image_token_id:
+                    continue
+                total -= outputs.logits[row, position - 1].log_softmax(-1)[ids[position]].item()
+                count += 1
+        assert abs(outputs.loss.item() - total / count) < 1e-4
+
+
+def test_left_and_right_padded_losses_agree(model, processor, pictures):
+    losses = []
+    for side in ("left", "right"):
+        inputs = batch_of(processor, pictures, padding_side=side)
+        losses.append(model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss)
+    assert torch.allclose(*losses, atol=1e-5)
+
+
+def test_off_equals_stock_with_labels_and_all(model, processor, pictures, stock):
+    model.config.compress = False
+    inputs = batch_of(processor, pictures)
+    plain = without_question(inputs)
+    ours = model(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
+    theirs = stock(**plain, labels=inputs["input_ids"], output_hidden_states=True)
+    assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.logits, theirs.logits)
+    assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states))
+    assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
+
+
+def test_get_image_features_as_stock(model, processor, pictures, stock):
+    pixels = batch_of(processor, pictures)["pixel_values"]
+    ours, theirs = model.get_image_features(pixels), stock.get_image_features(pixels)
+    assert all(torch.equal(a, b) for a, b in zip(ours.pooler_output, theirs.pooler_output))
+    assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+
+
+def test_eager_equals_sdpa(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    model.set_attn_implementation("sdpa")
+    sdpa = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    valid = inputs["attention_mask"].bool()
+    assert torch.allclose(model(**inputs).logits[valid], sdpa[valid], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, processor, pictures, dtype):
+    model.to(dtype)
+    inputs = batch_of(processor, pictures).to(dtype)
+    outputs = model(**inputs)
+    assert outputs.logits.dtype == dtype and outputs.logits[:, -1].isfinite().all()
+    together = model.recover_tokens(**inputs).selection.num_tokens
+    for index in range(3):
+        alone = row_of(processor, pictures, PROMPTS, index).to(dtype)
+        assert model.recover_tokens(**alone).selection.num_tokens.item() == together[index].item()
+    assert model.generate(**inputs, **GREEDY).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"vision_feature_layer": [-3, -2]}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": 1}],
+    ids=["default", "two layers", "full", "layer 1"],
+)
+def test_other_checkpoints(tmp_path, clip_folder, pictures, language_model, settings):
+    if language_model != "llama" and settings:
+        pytest.skip("the vision settings do not depend on the language model")
+    save_tiny_llava(tmp_path, clip_folder, language_model=language_model, **settings)
+    model, processor = combine(str(tmp_path), clip_folder, **RECOVERY)
+    assert_rows_equal(model, processor, pictures, PROMPTS)
+    inputs = batch_of(processor, pictures)
+    kept = model.recover_tokens(**inputs).selection.num_tokens
+    expected = model.generate(**inputs, **GREEDY)
+    assert kept.max() < NUM_PATCHES
+
+    model.config.visual_token_budget = processor.visual_token_budget = 9
+    short = batch_of(processor, pictures)
+    per_image = (short["input_ids"] == model.config.image_token_id).sum(1)
+    assert per_image.tolist() == [9, 9, 9]
+    assert torch.allclose(model(**short).logits[:, -1], model(**inputs).logits[:, -1], atol=1e-5)
+
+    model.config.visual_token_budget = None
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    model.config.compress = False
+    from transformers import LlavaForConditionalGeneration
+
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(model(**inputs).logits, stock(**without_question(inputs)).logits)
