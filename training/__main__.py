@@ -1,8 +1,8 @@
 """`python -m training COMMAND`: atlas, tokenizers, train, export, evaluate, plot. `--help` after a command lists options."""
 
 import argparse
+import json
 from dataclasses import fields
-from pathlib import Path
 
 from .train import TrainingOptions, train
 
@@ -20,6 +20,19 @@ def _arguments() -> argparse.Namespace:
         else:
             kind = {"minutes": float, "steps": int, "stop_at_step": int}.get(item.name) or type(item.default)
             trainer.add_argument(name, type=kind, default=item.default)
+    exporter = commands.add_parser("export", help="write stock LLaVA and CLIP folders, and the Hub repo made of both")
+    exporter.add_argument("--run", default="runs/tiny", help="folder of the training run")
+    exporter.add_argument("--output", default="runs/tiny/export", help="where the two stock folders go")
+    exporter.add_argument("--checkpoint", help="where the combined Hub repo goes")
+    exporter.add_argument("--smoke", action="store_true")
+    evaluator = commands.add_parser("evaluate", help="accuracy per kind of question and retrieval, on held-out scenes")
+    evaluator.add_argument("--llava", default="runs/tiny/export/llava")
+    evaluator.add_argument("--clip", default="runs/tiny/export/clip")
+    evaluator.add_argument("--output", default="runs/tiny/figures.json")
+    evaluator.add_argument("--count", type=int, default=2000, help="questions of each kind")
+    evaluator.add_argument("--device", default="cpu")
+    evaluator.add_argument("--batch-size", type=int, default=16)
+    evaluator.add_argument("--workers", type=int, default=0, help="processes that draw the scenes")
     return parser.parse_args()
 
 
@@ -36,6 +49,14 @@ def main() -> None:
         build_tokenizers()
     elif command == "train":
         train(TrainingOptions(**arguments))
+    elif command == "export":
+        from .export import export
+
+        export(**arguments)
+    elif command == "evaluate":
+        from .evaluate import evaluate
+
+        print(json.dumps(evaluate(**arguments), indent=1))
 
 
 if __name__ == "__main__":

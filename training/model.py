@@ -258,7 +258,7 @@ class TrainingModel(nn.Module):
         start, text = prefix.shape[1], batch["text"].shape[1]
         positions = visual_positions(len(images), visual_tokens.shape[1], start, text, images.device)
         if not jitter:
-            positions = torch.arange(embeddings.shape[1], device=images.device)[None]
+            positions = torch.arange(embeddings.shape[1], device=images.device).float().expand(len(images), -1)
         hidden = self.language(embeddings, positions)[:, -text:]
         logits = self.llava.lm_head(hidden).float()
         each = functional.cross_entropy(

@@ -252,9 +252,8 @@ def train(options: TrainingOptions) -> TrainingModel:
                 move(maker(list(range(start, start + options.batch_size)))) for start in range(0, 4 * options.batch_size, options.batch_size)
             ]
             measured = Measures()
-            with torch.no_grad():
-                for held in validation:
-                    measured.add(losses(held, jitter=False), held["kinds"])
+            for held in validation:  # with gradients on, though unused: without them every graph compiles again
+                measured.add(losses(held, jitter=False), held["kinds"])
             write({"step": progress.step, "seconds": round(progress.seconds, 1), "validation": measured.means()})
         if time.monotonic() - saved > options.save_every:
             save()
