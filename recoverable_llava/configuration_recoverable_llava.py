@@ -61,6 +61,7 @@ class RecoverableLlavaConfig(LlavaConfig):
     """
 
     model_type = "recoverable_llava"
+    keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs = {**LlavaConfig.sub_configs, "question_config": CLIPTextConfig}
 
     question_config: dict | PreTrainedConfig | None = None

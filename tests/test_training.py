@@ -22,7 +22,8 @@ def test_gradients_with_and_without_checkpointing(model, processor, pictures):
     for part in trained:
         assert any(part in name and grad.abs().sum() > 0 for name, grad in plain.items()), part
     assert not any("question_tower" in name or "visual_projection" in name for name in plain)
-    model.gradient_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     checkpointed = gradients()
     assert plain.keys() == checkpointed.keys()
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-5) for name in plain)
@@ -75,7 +76,7 @@ def test_trainer_trains_and_predicts(model, processor, pictures, tmp_path):
     assert logits.shape[:2] == predictions.label_ids.shape
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks for it
 def test_lora(model, processor, pictures, tmp_path):
     dataset = Conversations(processor, pictures)
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
@@ -99,4 +100,6 @@ def test_lora(model, processor, pictures, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     reloaded, info = type(merged).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.allclose(reloaded(**inputs).logits, merged(**inputs).logits, atol=1e-6)
+    weights = merged.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in reloaded.state_dict().items())
+    assert torch.allclose(reloaded(**inputs).logits, merged(**inputs).logits, atol=1e-5)

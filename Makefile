@@ -1,0 +1,53 @@
+# Every target sets up what it needs: `make demo` and `make test` are all a newcomer runs.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+LOWEST_VENV ?= $(VENV)-lowest
+export TOKENIZERS_PARALLELISM = false
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo app test test-lowest quick quality bench docs clean
+
+demo: $(VENV)/.installed
+	OMP_NUM_THREADS=2 $(PYTHON) -m demo
+
+app: $(VENV)/.installed-app
+	OMP_NUM_THREADS=2 $(PYTHON) -m app
+
+test: $(VENV)/.installed-app
+	$(PYTHON) -m pytest -n auto --dist loadfile
+
+# The lowest transformers that pyproject declares; all that touches transformers runs on it too.
+test-lowest: $(LOWEST_VENV)/.installed
+	$(LOWEST_VENV)/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/hub_upload
+
+quick: $(VENV)/.installed
+	$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/test_*.py
+
+quality: $(VENV)/.installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(VENV)/.installed
+	$(PYTHON) -m benchmarks
+
+docs: $(VENV)/.installed-app
+	$(PYTHON) -m mkdocs build --strict
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt -e ".[dev,train,eval,bench]"
+	touch $@
+
+$(VENV)/.installed-app: $(VENV)/.installed
+	$(PYTHON) -m pip install -q -c constraints.txt -e ".[demo,docs]"
+	touch $@
+
+$(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(LOWEST_VENV)
+	sed '/^transformers==/d; /^huggingface_hub==/d; /^tokenizers==/d' constraints.txt > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install -q -c $(LOWEST_VENV)/constraints.txt "transformers==5.12.0" -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(LOWEST_VENV) site build *.egg-info
