@@ -1,0 +1,178 @@
+"""Command line: python -m hub_upload {build, verify, illustrate, publish, push}."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hub_upload.build import RECOVERY_SETTINGS, BuildFailure, build
+from hub_upload.checkpoint import read_json
+from hub_upload.publish import PROVENANCE, HubFailure, Publication, publish, redact
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m hub_upload", description=__doc__)
+    commands = main.add_subparsers(dest="command", required=True)
+
+    building = argparse.ArgumentParser(add_help=False)
+    building.add_argument("base", metavar="BASE", help="LLaVA checkpoint: a folder or a repo id")
+    building.add_argument("--clip", help="its CLIP checkpoint: a folder or a repo id; known for llava-hf/llava-1.5-*")
+    building.add_argument("--base-revision", help="branch, tag or commit of a base on the Hub")
+    building.add_argument("--clip-revision", help="branch, tag or commit of a CLIP on the Hub")
+    building.add_argument("--chat-template", help="Jinja file, for a base that has none")
+    building.add_argument("--license", help="for the card, if the base's card states none")
+    building.add_argument("--results", help="JSON list of {name, value, command}: measured results for the card")
+    building.add_argument(
+        "--accept-different-vision-tower",
+        action="store_true",
+        help="build though the base's vision tower was fine-tuned",
+    )
+    recovery = building.add_argument_group("recovery settings, as in RecoverableLlavaConfig")
+    for name, kind in RECOVERY_SETTINGS.items():
+        recovery.add_argument(f"--{name.replace('_', '-')}", type=parse_bool if kind is bool else kind, dest=name)
+
+    access = argparse.ArgumentParser(add_help=False)
+    access.add_argument(
+        "--token", help="better: set HF_TOKEN or run `hf auth login`, which leave no trace in the history"
+    )
+
+    publishing = argparse.ArgumentParser(add_help=False)
+    publishing.add_argument("--private", action="store_true", help="make a new repository private")
+    publishing.add_argument("--revision", help="branch to publish to, created if missing; default main")
+    publishing.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    publishing.add_argument("--commit-message")
+    publishing.add_argument("--dry-run", action="store_true", help="say what would be sent, change nothing on the Hub")
+
+    command = commands.add_parser("build", parents=[building, access], help="make a folder that the Hub can serve")
+    command.add_argument("--output", required=True, help="folder to make; must not exist")
+
+    command = commands.add_parser("verify", parents=[access], help="check a folder or a published repository")
+    command.add_argument("target", metavar="DIR_OR_REPO")
+    command.add_argument("--revision", help="of a repository; default main")
+    command.add_argument("--question")
+    command.add_argument("--image", help="picture to ask about; default a gradient")
+    command.add_argument("--device", help="such as cuda:0; default a GPU if there is one")
+
+    command = commands.add_parser("illustrate", help="put a picture of what is kept into the card")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("--image", required=True)
+    command.add_argument("--question", required=True)
+
+    command = commands.add_parser("publish", parents=[publishing, access], help="publish a built folder in one commit")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("repo_id", metavar="REPO_ID")
+
+    command = commands.add_parser("push", parents=[building, publishing, access], help="build and publish")
+    command.add_argument("repo_id", metavar="REPO_ID")
+    command.add_argument(
+        "--output", help="folder to build in; default the repository's name, here. It stays afterwards"
+    )
+    return main
+
+
+def _only(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    given = vars(arguments)
+    return {name: given[name] for name in names if given.get(name) not in (None, False) or name in RECOVERY_SETTINGS}
+
+
+def _build(arguments: argparse.Namespace, output: Path) -> Path:
+    sources = ("base_revision", "clip", "clip_revision", "accept_different_vision_tower", "token")
+    names = (*sources, "chat_template", "license", "results")
+    recovery = {name: vars(arguments)[name] for name in RECOVERY_SETTINGS if vars(arguments)[name] is not None}
+    return build(arguments.base, output, **_only(arguments, names), **recovery)
+
+
+def _build_or_reuse(arguments: argparse.Namespace, output: Path) -> Path:
+    """Builds; a folder left by an earlier push of the same things is taken again, so that a push can be repeated."""
+    if not (output / PROVENANCE).is_file():
+        return _build(arguments, output)
+    again = output.with_name(output.name + ".again")
+    try:
+        _build(arguments, again)
+        if read_json(again / PROVENANCE) != read_json(output / PROVENANCE):
+            raise ValueError(
+                f"output={str(output)!r} exists and was built from something else: choose another --output or delete it"
+            )
+    finally:
+        if again.is_dir():
+            import shutil
+
+            shutil.rmtree(again)
+    return output
+
+
+def _publish(arguments: argparse.Namespace, folder: Path) -> Publication:
+    names = ["private", "revision", "create_pr", "commit_message", "token", "dry_run"]
+    return publish(folder, arguments.repo_id, **_only(arguments, names))
+
+
+def summary(publication: Publication) -> str:
+    counts = Counter(entry.action for entry in publication.files)
+    sizes = {action: sum(entry.size for entry in publication.files if entry.action == action) for action in counts}
+    words = {"add": "uploaded", "copy": "copied on the server", "keep": "unchanged", "delete": "removed"}
+    verb = "Would be " if publication.dry_run else ""
+    lines = [f"{verb}{words[name]}: {counts[name]} files, {sizes[name] / 1e6:.1f} MB" for name in words if counts[name]]
+    if publication.dry_run:
+        lines += [f"  {entry.action:<6} {entry.path}" for entry in publication.files if entry.action != "keep"]
+        return "\n".join([f"Dry run: nothing was sent to {publication.url}", *lines])
+    if publication.pull_request:
+        return "\n".join([f"Pull request: {publication.pull_request}", *lines])
+    return "\n".join(
+        [
+            f"Published: {publication.url}",
+            *lines,
+            f"Pinned: from_pretrained({publication.repo_id!r}, revision={publication.commit!r}, "
+            "trust_remote_code=True)",
+        ]
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "build":
+        print(f"Built {_build(arguments, Path(arguments.output))}")
+    elif arguments.command == "publish":
+        print(summary(_publish(arguments, Path(arguments.folder))))
+    elif arguments.command == "push":
+        folder = _build_or_reuse(arguments, Path(arguments.output or arguments.repo_id.split("/")[-1]))
+        print(f"Built {folder}")
+        print(summary(_publish(arguments, folder)))
+    elif arguments.command == "illustrate":
+        from hub_upload.illustrate import illustrate
+
+        print(f"Drew {illustrate(arguments.folder, arguments.image, arguments.question)}")
+    else:
+        from hub_upload.verify import table, verify
+
+        checks = verify(arguments.target, **_only(arguments, ["revision", "question", "image", "device", "token"]))
+        print(table(checks))
+        return 0 if all(check.passed for check in checks) else 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    token = getattr(arguments, "token", None)
+    try:
+        return run(arguments)
+    except (ValueError, HubFailure, BuildFailure) as error:
+        print(f"error: {redact(str(error), token)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+    except Exception:
+        print(f"error: unexpected\n{redact(traceback.format_exc(), token)}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

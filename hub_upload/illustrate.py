@@ -1,0 +1,50 @@
+"""Puts a picture of what the model keeps, and the counts that belong to it, into a built folder's card."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from hub_upload.model_card import OVERLAY, with_illustration
+from hub_upload.publish import CARD, PROVENANCE
+
+
+def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
+    """Runs both towers of the model in `folder`, not its language model, on a picture; returns the overlay's path."""
+    import torch
+    from PIL import Image
+    from recoverable_llava.visualize import draw_recovery
+
+    from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
+    from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
+
+    folder = Path(folder)
+    if not (folder / PROVENANCE).is_file():
+        raise ValueError(
+            f"folder={str(folder)!r} has no {PROVENANCE}: pass a folder made by `python -m hub_upload build`"
+        )
+    if not Path(image).is_file():
+        raise ValueError(f"image={str(image)!r} does not exist: pass a picture file")
+    picture = Image.open(image).convert("RGB")
+    model = RecoverableLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+    processor = RecoverableLlavaProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
+    with torch.no_grad():
+        recovery = model.recover_tokens(**inputs)
+    selection = recovery.selection
+    kept = {
+        "kept by vision": int(selection.num_visual.sum()),
+        "recovered for the question": int(selection.num_text.sum()),
+        "merged": int(selection.num_merged.sum()),
+    }
+    draw_recovery(picture, recovery).save(folder / OVERLAY)
+    command = (
+        f"python -m hub_upload illustrate {folder.name} --image {Path(image).name} --question {shlex.quote(question)}"
+    )
+    card = (folder / CARD).read_text(encoding="utf-8")
+    (folder / CARD).write_text(
+        with_illustration(card, question, kept, model.config.num_patches, command), encoding="utf-8"
+    )
+    return folder / OVERLAY

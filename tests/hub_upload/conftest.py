@@ -1,0 +1,67 @@
+"""Fixtures: a base as it is published, its CLIP, a built folder, a Hub on loopback, and the command line against it."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from layouts import save_layout
+from loopback_hub import LoopbackHub
+
+from hub_upload.build import build
+
+
+ROOT = Path(__file__).parents[2]
+BASE_ID, CLIP_ID, REPO_ID = "maker/llava-tiny", "maker/clip-tiny", "writer/llava-tiny-compressed"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, llava_folder) -> Path:
+    """A stock LLaVA in the published layout: old names, two shards, card and license."""
+    folder = save_layout(Path(llava_folder), tmp_path_factory.mktemp("base") / "llava-tiny", "as published", shards=2)
+    (folder / "README.md").write_text("---\nlicense: llama2\n---\n\n# A base\n", encoding="utf-8")
+    (folder / "LICENSE.txt").write_text("The license of the base.\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder) -> Path:
+    return Path(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory, base, clip) -> Path:
+    return build(str(base), tmp_path_factory.mktemp("built") / "compressed", clip=str(clip), **tiny.RECOVERY)
+
+
+@pytest.fixture
+def built(tmp_path, built_once) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(built_once, tmp_path / "compressed"))
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as running:
+        yield running
+
+
+@pytest.fixture
+def command_line(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m hub_upload ...` as a user does, against the Hub on loopback."""
+
+    def run(*arguments: object, token: str | None = "hf_writer", **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "hub_upload", *map(str, arguments)],
+            env={**hub.environment(tmp_path / "home", token), "PYTHONPATH": str(ROOT), **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    return run

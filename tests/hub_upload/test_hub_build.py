@@ -1,0 +1,413 @@
+"""hub_upload.build: what the folder holds, and every input that must be refused before anything is written."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from layouts import LAYOUTS, save_layout
+from safetensors.torch import load_file, save_file
+
+import hub_upload.build as build_module
+from hub_upload.build import (
+    BASE_SHARD,
+    CLIP_OF_BASE,
+    EXTRA_SHARD,
+    RECOVERY_SETTINGS,
+    BuildFailure,
+    build,
+    defaults_for,
+)
+from hub_upload.checkpoint import read_checkpoint, read_json, write_json
+from hub_upload.remote_code import executed_files, listed_hashes, package_folder
+from recoverable_llava.configuration_recoverable_llava import AUTO_MAP, RecoverableLlavaConfig
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def changed_copy(source: Path, folder: Path, **config: object) -> Path:
+    """A copy of a checkpoint whose config.json has other values; None removes one."""
+    save_layout(source, folder, "as saved")
+    merged = {**read_json(source / "config.json"), **config}
+    write_json(folder / "config.json", {name: value for name, value in merged.items() if value is not None})
+    return folder
+
+
+def siblings(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir())
+
+
+def test_settings_are_the_fields_of_the_configuration():
+    own = set(RecoverableLlavaConfig.__annotations__) - {"model_type", "sub_configs", "question_config"}
+    assert set(RECOVERY_SETTINGS) == own
+    types = {field.name: str(field.type) for field in dataclasses.fields(RecoverableLlavaConfig)}
+    for name, kind in RECOVERY_SETTINGS.items():
+        assert kind.__name__ in types[name], name
+
+
+def test_folder_holds_everything_and_base_shards_are_the_same_files(built_once, base):
+    names = {path.name for path in built_once.iterdir()}
+    shards = read_checkpoint(base).shards
+    assert {*shards, EXTRA_SHARD, "config.json", "processor_config.json", "generation_config.json"} <= names
+    assert {"README.md", "trust_remote_code.md", "provenance.json", "chat_template.jinja", "LICENSE.txt"} <= names
+    assert (built_once / "question_tokenizer" / "tokenizer.json").is_file()
+    for shard in shards:
+        assert os.path.samefile(base / shard, built_once / shard)
+    for name in executed_files(package_folder()):
+        assert (built_once / name).read_bytes() == (package_folder() / name).read_bytes()
+
+
+def test_config_keeps_the_base_and_adds_every_field(built_once, base):
+    config, stock = read_json(built_once / "config.json"), read_json(base / "config.json")
+    changed = {"architectures", "model_type"}
+    assert {name: config[name] for name in stock if name not in changed} == {
+        name: value for name, value in stock.items() if name not in changed
+    }
+    assert config["auto_map"] == AUTO_MAP
+    assert config["model_type"] == "recoverable_llava"
+    assert {name: config[name] for name in tiny.RECOVERY} == tiny.RECOVERY
+    assert set(RECOVERY_SETTINGS) <= set(config)
+    assert config["question_config"]["projection_dim"] == 16
+    assert read_json(built_once / "processor_config.json")["auto_map"]["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
+
+
+def test_index_lists_every_tensor_and_extra_shard_is_clips_bytes(built_once, base, clip):
+    index = read_json(built_once / "model.safetensors.index.json")
+    checkpoint = read_checkpoint(built_once)
+    assert index["metadata"]["total_size"] == sum(entry.size for entry in checkpoint.tensors.values())
+    extra, source = load_file(built_once / EXTRA_SHARD), load_file(clip / "model.safetensors")
+    for name, tensor in extra.items():
+        assert torch.equal(tensor, source[name.removeprefix("model.").removeprefix("question_tower.")]), name
+    assert set(checkpoint.tensors) == set(read_checkpoint(base).tensors) | set(extra)
+
+
+def test_single_file_base_is_renamed_because_the_loader_prefers_its_old_name(tmp_path, llava_folder, clip):
+    output = build(llava_folder, tmp_path / "out", clip=str(clip), **tiny.RECOVERY)
+    assert not (output / "model.safetensors").exists()
+    assert os.path.samefile(Path(llava_folder) / "model.safetensors", output / BASE_SHARD)
+
+
+def test_two_builds_are_the_same(tmp_path, base, clip, built_once):
+    again = build(str(base), tmp_path / "compressed", clip=str(clip), **tiny.RECOVERY)
+    for path in (path for path in built_once.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (again / path.relative_to(built_once)).read_bytes(), path.name
+
+
+def test_across_disks_shards_are_copied(tmp_path, base, clip, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    output = build(str(base), tmp_path / "out", clip=str(clip), **tiny.RECOVERY)
+    for shard in read_checkpoint(base).shards:
+        assert not os.path.samefile(base / shard, output / shard)
+        assert (base / shard).read_bytes() == (output / shard).read_bytes()
+
+
+def test_buffers_of_old_clip_checkpoints_stay_out(tmp_path, base, clip):
+    old = save_layout(clip, tmp_path / "clip", "as saved")
+    tensors = load_file(old / "model.safetensors")
+    for tower, length in (("text", 77), ("vision", tiny.NUM_PATCHES + 1)):
+        tensors[f"{tower}_model.embeddings.position_ids"] = torch.arange(length)[None]
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    output = build(str(base), tmp_path / "out", clip=str(old), **tiny.RECOVERY)
+    assert not [name for name in read_checkpoint(output).tensors if name.endswith("position_ids")]
+
+
+def test_rounding_of_the_tower_to_16_bits_is_no_difference(tmp_path, llava_folder, clip):
+    for dtype in (torch.float16, torch.bfloat16):
+        half = save_layout(Path(llava_folder), tmp_path / f"base-{dtype}", "as saved")
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(half / "model.safetensors").items()}
+        save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+        output = build(str(half), tmp_path / f"out-{dtype}", clip=str(clip), **tiny.RECOVERY)
+        assert read_json(output / "provenance.json")["vision_tower_differs"] is False
+
+
+def test_defaults_for_known_bases():
+    for base in CLIP_OF_BASE:
+        assert defaults_for(base, None) == ("openai/clip-vit-large-patch14-336", {"text_relevance": "negated"})
+        assert defaults_for(base, "./my-copy-of-clip") == ("./my-copy-of-clip", {"text_relevance": "negated"})
+    assert defaults_for("me/other", "openai/clip-vit-large-patch14-336")[1] == {"text_relevance": "negated"}
+    assert defaults_for("me/other", "me/clip") == ("me/clip", {})
+    with pytest.raises(ValueError, match=r"clip=None.*me/other.*llava-hf/llava-1.5-7b-hf"):
+        defaults_for("me/other", None)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def refused(message: str, output: Path, base: object, clip: object, **arguments: object) -> None:
+    """The build says why, and leaves nothing behind."""
+    before = siblings(output)
+    with pytest.raises(ValueError, match=message):
+        build(str(base), output, clip=str(clip), **{**tiny.RECOVERY, **arguments})
+    assert siblings(output) == before
+
+
+def test_wrong_arguments(tmp_path, base, clip):
+    output = tmp_path / "out"
+    refused("no recovery setting", output, base, clip, lof=2)
+    refused("lof_threshold must be", output, base, clip, lof_threshold=0.5)
+    refused("text_relevance must be one of", output, base, clip, text_relevance="guess")
+    refused("base_revision='main' belongs to a repo id", output, base, clip, base_revision="main")
+    refused("no such folder", output, "./nowhere", clip)
+    refused("no such folder", output, "/no/where/at/all", clip)
+    refused("results='.*' cannot be read", output, base, clip, results=tmp_path / "none.json")
+    (tmp_path / "results.json").write_text('[{"name": "VQAv2", "value": 70}]')
+    refused("keys name, value and command", output, base, clip, results=tmp_path / "results.json")
+
+
+def test_existing_output_is_never_overwritten(tmp_path, base, clip):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("work")
+    refused("exists and is not empty", output, base, clip)
+    assert (output / "precious").read_text() == "work"
+
+
+def test_another_clip_is_refused(tmp_path, base, clip):
+    output = tmp_path / "out"
+    other = tmp_path / "other"
+    tiny.save_tiny_clip(other, seed=7)
+    refused("tensors of the base's vision tower differ.*accept_different_vision_tower", output, base, other)
+    wide = tmp_path / "wide"
+    tiny.save_tiny_clip(wide, hidden_size=64)
+    refused("hidden_size=64, the base's has 32", output, base, wide)
+    built = build(str(base), output, clip=str(other), accept_different_vision_tower=True, **tiny.RECOVERY)
+    assert "differs from the one" in (built / "README.md").read_text()
+
+
+def test_other_models_are_refused(tmp_path, base, llava_folder, clip):
+    output, llava = tmp_path / "out", Path(llava_folder)
+    refused("model_type='llava_next'", output, changed_copy(llava, tmp_path / "a", model_type="llava_next"), clip)
+    refused("quantized", output, changed_copy(llava, tmp_path / "b", quantization_config={"bits": 4}), clip)
+    refused("model_type='siglip'", output, base, changed_copy(clip, tmp_path / "c", model_type="siglip"))
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32}
+    refused("not CLIP's", output, changed_copy(llava, tmp_path / "d", vision_config=vision), clip)
+
+
+def test_incomplete_clip_is_refused(tmp_path, base, clip):
+    for lost, message in (
+        ("visual_projection.weight", "lacks 'visual_projection.weight'"),
+        ("text_model.final_layer_norm.weight", "lacks 'text_model.final_layer_norm.weight'"),
+        ("vision_model.post_layernorm.weight", "'post_layernorm.weight' is in only one"),
+    ):
+        part = save_layout(clip, tmp_path / lost, "as saved")
+        tensors = load_file(part / "model.safetensors")
+        del tensors[lost]
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        refused(message, tmp_path / "out", base, part)
+
+
+def test_projection_of_another_size_is_refused(tmp_path, base, clip):
+    part = save_layout(clip, tmp_path / "clip", "as saved")
+    tensors = load_file(part / "model.safetensors")
+    tensors["visual_projection.weight"] = torch.zeros(8, 32)
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    refused(r"visual_projection.weight' has shape \[8, 32\].*asks for \[16, 32\]", tmp_path / "out", base, part)
+
+
+def test_pickled_weights_are_not_read(tmp_path, base, clip):
+    pickled = save_layout(clip, tmp_path / "clip", "as saved")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused("pytorch_model.bin, which are pickles.*safetensors", tmp_path / "out", base, pickled)
+
+
+def test_base_without_chat_template(tmp_path, llava_folder, clip):
+    bare = save_layout(Path(llava_folder), tmp_path / "base", "as saved")
+    (bare / "chat_template.jinja").unlink()
+    refused("no chat template.*--chat-template", tmp_path / "out", bare, clip)
+    template = tmp_path / "template.jinja"
+    template.write_text(tiny.CHAT_TEMPLATE)
+    built = build(str(bare), tmp_path / "out", clip=str(clip), chat_template=template, **tiny.RECOVERY)
+    assert (built / "chat_template.jinja").read_text() == tiny.CHAT_TEMPLATE
+
+
+def test_damaged_bases_are_refused(tmp_path, base, clip):
+    output = tmp_path / "out"
+    shard = "model-00002-of-00002.safetensors"
+
+    def damaged(name: str) -> Path:
+        return save_layout(base, tmp_path / name, "as in memory", shards=2)
+
+    folder = damaged("cut shard")
+    os.truncate(folder / shard, (folder / shard).stat().st_size - 100)
+    refused(f"{shard} cannot be read as safetensors.*fetch it again", output, folder, clip)
+
+    folder = damaged("overwritten header")
+    with (folder / shard).open("r+b") as file:
+        file.write(b"\xff" * 64)
+    refused(f"{shard} cannot be read as safetensors", output, folder, clip)
+
+    folder = damaged("missing shard")
+    (folder / shard).unlink()
+    refused(f"{shard} is missing", output, folder, clip)
+
+    folder = damaged("truncated index")
+    index = folder / "model.safetensors.index.json"
+    os.truncate(index, index.stat().st_size // 2)
+    refused("index.json is not valid JSON.*truncated", output, folder, clip)
+
+    folder = damaged("index of another checkpoint")
+    index = folder / "model.safetensors.index.json"
+    content = read_json(index)
+    content["weight_map"].pop("lm_head.weight")
+    write_json(index, content)
+    refused("disagree about 1 tensors, first 'lm_head.weight'", output, folder, clip)
+
+    folder = damaged("index that leaves the folder")
+    index = folder / "model.safetensors.index.json"
+    content = read_json(index)
+    content["weight_map"]["lm_head.weight"] = "../model-00001-of-00002.safetensors"
+    write_json(index, content)
+    refused("only .safetensors files beside it are read", output, folder, clip)
+
+    folder = damaged("no config")
+    (folder / "config.json").unlink()
+    refused("config.json is missing", output, folder, clip)
+
+
+def test_nan_in_the_vision_tower_is_refused(tmp_path, llava_folder, clip):
+    folder = save_layout(Path(llava_folder), tmp_path / "base", "as published")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_tower.vision_model.pre_layrnorm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused("holds NaN or infinity", tmp_path / "out", folder, clip)
+
+
+# ----------------------------------------------------------------------------------------------- machine failures
+
+
+def test_too_little_space_is_found_before_writing(tmp_path, base, clip, monkeypatch):
+    usage = build_module.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BuildFailure, match=r"has 0 MiB free.*Free some space"):
+        build(str(base), tmp_path / "out", clip=str(clip), **tiny.RECOVERY)
+    assert siblings(tmp_path / "out") == []
+
+
+def test_disk_that_fills_up_while_building(tmp_path, base, clip):
+    """A real limit of the operating system on what a file may hold, met in the middle of the build."""
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "from hub_upload.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["build", base, "--clip", clip, "--output", tmp_path / "out", "--visual-lof-neighbors", 6]
+    run = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert run.returncode == 1
+    assert "is full" in run.stderr and "Free some space" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert siblings(tmp_path / "out") == []
+
+
+def test_killed_build_leaves_no_output_and_can_be_repeated(tmp_path, base, clip):
+    output = tmp_path / "out"
+    stopping = (
+        "import os, sys, time, hub_upload.build as build\n"
+        "def stop(*_):\n"
+        "    print('stopped', flush=True)\n"
+        "    time.sleep(60)\n"
+        "build.write_processor = stop\n"
+        "build.build(sys.argv[1], sys.argv[2], clip=sys.argv[3], visual_lof_neighbors=6)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", stopping, str(base), str(output), str(clip)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "stopped\n"
+    unfinished = [name for name in siblings(output) if name.startswith(".out.building-")]
+    assert unfinished and not output.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not output.exists()
+    build(str(base), output, clip=str(clip), **tiny.RECOVERY)
+    assert siblings(output) == ["out"]
+
+
+def test_running_build_of_the_same_output_is_left_alone(tmp_path, base, clip):
+    output = tmp_path / "out"
+    with build_module.new_folder(output) as folder:
+        (folder / "file").write_text("other")
+        build(str(base), output, clip=str(clip), **tiny.RECOVERY)
+        assert folder.is_dir()
+        (output / "mine").write_text("")
+        for path in sorted(output.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert (output / "file").read_text() == "other"
+
+
+# ------------------------------------------------------------------------------------------------ what people read
+
+
+def test_card_says_what_a_person_wants_to_know(built_once):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(built_once / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["license"] == "llama2"
+    assert "custom_code" in data["tags"]
+    for heading in (
+        "Use it",
+        "What you save",
+        "Change it or switch it off",
+        "Measured",
+        "Limits",
+        "License",
+        "Citation",
+    ):
+        assert f"## {heading}" in card.text
+    for said in ("trust_remote_code=True", "compress = False", "2409.01179", "No benchmark has been run", "36 visual"):
+        assert said in card.text, said
+    assert str(Path(built_once).parent) not in card.text
+
+
+def test_card_with_results_budget_and_another_license(tmp_path, llava_folder, clip):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"name": "VQAv2", "value": 70.1, "command": "make evaluate"}]))
+    output = build(
+        llava_folder,
+        tmp_path / "out",
+        clip=str(clip),
+        results=results,
+        license="mit",
+        **tiny.RECOVERY,
+        visual_token_budget=9,
+    )
+    card = (output / "README.md").read_text()
+    assert "| VQAv2 | 70.1 | `make evaluate` |" in card
+    assert "exactly **9 of 36**" in card
+    assert "license: mit" in card
+    assert read_json(output / "processor_config.json")["visual_token_budget"] == 9
+
+
+def test_code_page_lists_hashes_that_sha256sum_accepts(built_once):
+    page = (built_once / "trust_remote_code.md").read_text()
+    assert sorted(listed_hashes(page)) == executed_files(built_once)
+    block = page.split("```\n")[1]
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict"], input=block, cwd=built_once, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_builds(tmp_path, llava_folder, clip, layout):
+    folder = save_layout(Path(llava_folder), tmp_path / "base", layout, shards=2)
+    assert build(str(folder), tmp_path / "out", clip=str(clip), **tiny.RECOVERY).is_dir()
