@@ -112,15 +112,13 @@ def run_all(
     batches = torch.utils.data.DataLoader(
         Batches(processor, images, examples, batch_size), batch_size=None, num_workers=workers
     )
-    constant = processor.question_tokenizer(
-        CONSTANT_PROMPT, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
-    )["input_ids"].to(model.device)
+    constant = constant_ids(processor).to(model.device)
     answers: list[list[str]] = [[] for _ in runs]
     num_tokens: list[list[int]] = [[] for _ in runs]
     seconds = [0.0 for _ in runs]
     progress = tqdm(total=len(batches) * len(runs), desc="answers", unit="run")
     for inputs in batches:
-        batch = _Batch(model, {name: value.to(model.device) for name, value in inputs.items()}, constant)
+        batch = PreparedBatch(model, inputs, constant)
         for number, run in enumerate(runs):
             texts, counts, spent = batch.answer(run, processor, max_new_tokens)
             answers[number] += texts
@@ -143,11 +141,19 @@ def run_all(
     ]
 
 
-class _Batch:
+def constant_ids(processor: RecoverableLlavaProcessor) -> torch.Tensor:
+    """[1, T] the constant prompt for the text tower."""
+    return processor.question_tokenizer(
+        CONSTANT_PROMPT, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
+    )["input_ids"]
+
+
+class PreparedBatch:
     """One batch on the device, with what the towers say about it kept for all runs."""
 
     def __init__(self, model: ComparedLlava, inputs: dict[str, torch.Tensor], constant: torch.Tensor) -> None:
-        self.model, self.inputs, self.constant = model, inputs, constant
+        self.model, self.constant = model, constant
+        self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self._vision: dict[tuple, VisionFeatures] = {}
         self._evidence: dict[str, Evidence] = {}
 
@@ -155,22 +161,26 @@ class _Batch:
         self, run: Run, processor: RecoverableLlavaProcessor, max_new_tokens: int
     ) -> tuple[list[str], list[int], float]:
         """Answers, tokens per image, and the seconds that choosing them took."""
+        sequences = self.generate(run, max_new_tokens=max_new_tokens)
+        new = sequences[:, self.inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        return texts, self.model.model.num_tokens.tolist(), self.model.model.selector_seconds
+
+    def generate(self, run: Run, **options: Any) -> Any:
+        """Greedy generation under one run's choice of tokens; options go to the model's own `generate`."""
         base, method = self.model.model, run.method
         base.rule, base.budget, base.selector_seconds = method.rule, run.budget, 0.0
         base.evidence = None if method.rule is None else self.evidence(method.question)
         budget = {} if method.rule is not None else {"visual_token_budget": run.budget}
         with configured(self.model.config, **method.settings, **budget):
-            sequences = self.model.generate(
+            return self.model.generate(
                 input_ids=self.inputs["input_ids"],
                 attention_mask=self.inputs["attention_mask"],
                 vision_features=self.vision(),
                 do_sample=False,
-                max_new_tokens=max_new_tokens,
                 **self.question(method.question),
+                **options,
             )
-        new = sequences[:, self.inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-        return texts, base.num_tokens.tolist(), base.selector_seconds
 
     def question(self, which: str) -> dict[str, torch.Tensor]:
         source = "wrong" if which == "wrong" else "question"
