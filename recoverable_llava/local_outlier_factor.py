@@ -16,6 +16,7 @@ B images, N patches, k neighbours.
 
 import torch
 
+
 # scikit-learn's guard against a division by zero where more than k scores are equal.
 _DENSITY_EPSILON = 1e-10
 
@@ -50,18 +51,18 @@ def local_outlier_factor(scores: torch.Tensor, num_neighbors: int, valid: torch.
     ordered, order = scores.sort(dim=1, stable=True)
 
     # Infinitely far neighbours stand outside the row; views of the k scores before and after each one pair them up.
-    pad, point = torch.nn.functional.pad, ordered[:, :, None]
-    to_lower = point - _scores_before(pad(ordered, (k, 0), value=-torch.inf), k)  # [B, N, k]
-    to_higher = _scores_after(pad(ordered, (0, k), value=torch.inf), k) - point
+    outside = ordered.new_full((len(ordered), k), torch.inf)
+    point, (lower, higher) = ordered[:, :, None], _before_and_after(ordered, outside)
+    to_lower, to_higher = (point - lower).abs(), higher - point  # [B, N, k]
     is_lower = to_lower <= to_higher
 
     def of_neighbors(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(is_lower, _scores_before(pad(values, (k, 0)), k), _scores_after(pad(values, (0, k)), k))
+        return torch.where(is_lower, *_before_and_after(values, outside))
 
     distance = torch.minimum(to_lower, to_higher)
     k_distance = distance.amax(2)
     reachability = torch.maximum(distance, of_neighbors(k_distance))
-    density = 1 / (reachability.mean(2) + _DENSITY_EPSILON)
+    density = (reachability.mean(2) + _DENSITY_EPSILON).reciprocal()
     factor = of_neighbors(density).mean(2) / density
 
     factor = torch.empty_like(factor).scatter_(1, order, factor)
@@ -71,11 +72,8 @@ def local_outlier_factor(scores: torch.Tensor, num_neighbors: int, valid: torch.
     return factor
 
 
-def _scores_before(padded: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, N, k] view of the k values before each of the last N of `padded` [B, k + N]."""
-    return padded[:, :-1].unfold(1, k, 1)
-
-
-def _scores_after(padded: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, N, k] view of the k values after each of the first N of `padded` [B, N + k]."""
-    return padded[:, 1:].unfold(1, k, 1)
+def _before_and_after(values: torch.Tensor, outside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two [B, N, k] views: the k values before and after each of [B, N], with `outside` [B, k] beyond either end."""
+    k = outside.shape[1]
+    padded = torch.cat([outside, values, outside], dim=1)
+    return padded[:, : -k - 1].unfold(1, k, 1), padded[:, k + 1 :].unfold(1, k, 1)

@@ -98,17 +98,19 @@ def select_tokens(
             f"visual_token_budget ({visual_token_budget}) is larger than the number of patches of an image "
             f"({num_patches}): lower it, or switch compression off."
         )
+    among_valid = valid
     if valid is None:
         valid = torch.ones_like(visual_scores, dtype=torch.bool)
     if has_question is None:
         has_question = valid.new_ones(len(visual_scores))
     visual_scores = _lowest_where_not_finite(visual_scores, valid)
+    by_vision = visual_scores.argsort(dim=1, descending=True, stable=True)
 
     # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention.
     num_valid = valid.sum(1)
-    num_visual = _num_outliers(visual_scores, valid, visual_lof_neighbors, lof_threshold)
+    num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
     num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
-    kept_by_vision = _highest(visual_scores, num_visual, valid)
+    kept_by_vision = _first(by_vision, num_visual, valid)
 
     # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
     # is the share of the other patches to recover.
@@ -117,14 +119,15 @@ def select_tokens(
         recovered_by_text = torch.zeros_like(valid)
     else:
         text_scores = _lowest_where_not_finite(text_scores, valid)
+        by_text = text_scores.argsort(dim=1, descending=True, stable=True)
         lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
         unmet = torch.where(kept_by_vision, lowest, text_scores)
-        outliers = _num_outliers(unmet, valid, text_lof_neighbors, lof_threshold)
+        outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
         num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1) * has_question
-        recovered_by_text = _highest(text_scores, num_text, valid & ~kept_by_vision)
+        recovered_by_text = _first(by_text, num_text, valid & ~kept_by_vision)
 
     # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
-    left_over = valid & ~kept_by_vision & ~recovered_by_text
+    left_over = valid & ~(kept_by_vision | recovered_by_text)
     num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
     merges_remaining = (num_centres < left_over.sum(1)) & merge_remaining
     num_merged = num_centres + merges_remaining
@@ -138,12 +141,12 @@ def select_tokens(
         total = total.clamp(max=max_visual_tokens)
     if visual_token_budget is not None or max_visual_tokens is not None:
         num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
-        kept_by_vision = _highest(visual_scores, num_visual, valid)
+        kept_by_vision = _first(by_vision, num_visual, valid)
         if text_scores is not None:
-            recovered_by_text = _highest(text_scores, num_text, valid & ~kept_by_vision)
-        left_over = valid & ~kept_by_vision & ~recovered_by_text
+            recovered_by_text = _first(by_text, num_text, valid & ~kept_by_vision)
+        left_over = valid & ~(kept_by_vision | recovered_by_text)
         merges_remaining = (num_merged > 0) & (num_merged < left_over.sum(1)) & merge_remaining
-    merge_centres = _highest(visual_scores, num_merged - merges_remaining.long(), left_over)
+    merge_centres = _first(by_vision, num_merged - merges_remaining.long(), left_over)
 
     return Selection(
         kept_by_vision=kept_by_vision,
@@ -206,14 +209,15 @@ def assemble_tokens(
     nearest = affinity.masked_fill(~absorbable[:, None, :], -torch.inf).topk(min(merge_neighbors, num_patches)).indices
     absorbed = torch.zeros_like(affinity, dtype=torch.bool).scatter_(2, nearest, True)
     absorbed = absorbed & absorbable[:, None, :] & is_centre[:, :, None]
-    is_itself = torch.zeros_like(absorbed).scatter_(2, centre[:, :, None], is_centre[:, :, None])
+    absorbed = absorbed.scatter_(2, centre[:, :, None], is_centre[:, :, None])  # and itself
 
     unabsorbed = absorbable & ~absorbed.any(1)
     unabsorbed = torch.where(unabsorbed.any(1, keepdim=True), unabsorbed, absorbable)
     is_remaining = (slot == num_centres) & selection.merges_remaining[:, None]
-    members = absorbed | is_itself | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
+    members = absorbed | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
     smallest = torch.finfo(torch.float32).tiny
-    weights = members * _lowest_where_not_finite(visual_scores, torch.ones_like(kept)).float().clamp(min=smallest)[:, None]
+    attention = visual_scores.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=smallest)
+    weights = members * attention[:, None]
     merge_weights = weights / weights.sum(2, keepdim=True).clamp(min=smallest)
 
     # Step 4: kept patches in raster order, then the merged tokens.
@@ -235,28 +239,28 @@ def gather_tokens(patches: torch.Tensor, assembly: Assembly) -> torch.Tensor:
 
 def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Scores [B, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
-    scores = scores.float()
-    usable = scores.isfinite() & valid
-    lowest = scores.masked_fill(~usable, torch.inf).amin(1, keepdim=True)
-    lowest = torch.where(lowest.isfinite(), lowest, 0.0)
-    return torch.where(scores.isfinite(), scores, lowest)
+    scores = scores.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    lowest = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
+    return torch.where(scores < torch.inf, scores, lowest)
 
 
-def _num_outliers(scores: torch.Tensor, valid: torch.Tensor, num_neighbors: int, threshold: float) -> torch.Tensor:
+def _num_outliers(
+    scores: torch.Tensor, valid: torch.Tensor | None, num_neighbors: int, threshold: float
+) -> torch.Tensor:
     """[B] number of valid scores whose Local Outlier Factor is above the threshold."""
     return (local_outlier_factor(scores, num_neighbors, valid) > threshold).sum(1)
 
 
-def _highest(scores: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of the `count` [B] highest scores of each row within the mask `among`; the first of equal ones."""
-    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.empty_like(among).scatter_(1, order, rank < count[:, None]) & among
+def _first(order: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """[B, N] mask of the first `count` [B] patches within the mask `among`, in the order of the indices `order` [B, N]."""
+    candidates = among.gather(1, order)
+    is_first = candidates & (candidates.cumsum(1) <= count[:, None])
+    return torch.empty_like(among).scatter_(1, order, is_first)
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
     """[B, count] indices of the True entries of each row, in order; rows with fewer go on with indices of False."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def _apportion(asked: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
