@@ -203,7 +203,9 @@ def assemble_tokens(
     keys = torch.nn.functional.normalize(keys.float(), dim=-1)
     affinity = keys.gather(1, centre[:, :, None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)  # [B, M, N]
     if text_scores is not None:
-        text_scores = text_scores.float() if has_question is None else text_scores.float() * has_question[:, None]
+        text_scores = _lowest_where_not_finite(text_scores, torch.ones_like(kept) if valid is None else valid)
+        if has_question is not None:
+            text_scores = text_scores * has_question[:, None]
         difference = (text_scores.gather(1, centre)[:, :, None] - text_scores[:, None, :]).abs()
         affinity = affinity - text_merge_weight * difference
     nearest = affinity.masked_fill(~absorbable[:, None, :], -torch.inf).topk(min(merge_neighbors, num_patches)).indices
