@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_recoverable_llava import RecoverableLlavaConfig
 from .modeling_recoverable_llava import (
-    Recovery,
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
+    Recovery,
     VisionFeatures,
 )
 from .processing_recoverable_llava import RecoverableLlavaProcessor

@@ -33,8 +33,8 @@ def combine(
     ours, theirs = stock.config.vision_config.hidden_size, clip_model.config.vision_config.hidden_size
     if ours != theirs:
         raise ValueError(
-            f"The vision tower of {llava} has {ours} channels, the one of {clip} {theirs}: pass the CLIP model that the "
-            "vision tower comes from."
+            f"The vision tower of {llava} has {ours} channels, the one of {clip} {theirs}: pass the CLIP model that "
+            "the vision tower comes from."
         )
 
     question_config = clip_model.config.text_config

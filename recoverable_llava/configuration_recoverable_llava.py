@@ -64,7 +64,7 @@ class RecoverableLlavaConfig(LlavaConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs = {**LlavaConfig.sub_configs, "question_config": CLIPTextConfig}
 
-    question_config: dict | PreTrainedConfig | None = None
+    question_config: Any = None
     compress: bool = True
     attention_layer: int = -1
     visual_lof_neighbors: int = 20

@@ -40,22 +40,26 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_recoverable_llava import RecoverableLlavaConfig
+from .original_prompt import GenerationPrompt, OriginalPromptStreamer, see_original_prompt
 from .prompt_shortening import (
+    HISTORY,
     CompressedHistory,
     ShortPrompt,
+    empty_history,
+    is_full_history,
     locate_placeholders,
+    mask_of_new_tokens,
     place_tokens,
     shorten_prompt,
     spread_over_original,
     surviving_positions,
+    uncompressed_history,
+    unshortened_prompt,
 )
 from .token_recovery import Assembly, Selection, assemble_tokens, gather_tokens, select_tokens
 
 
 logger = logging.get_logger(__name__)
-
-# Where a cache carries its CompressedHistory.
-_HISTORY = "compressed_history"
 
 # Checkpoints of stock LLaVA, in every layout that stock LLaVA reads, load into these classes too.
 register_checkpoint_conversion_mapping(
@@ -75,6 +79,14 @@ class VisionFeatures:
     visual_scores: torch.Tensor  # [I, N] float32, class attention
     keys: torch.Tensor  # [I, N, C] attention keys
     relevance_embeds: torch.Tensor  # [I, N, D] float32: their dot product with a question's embedding is the relevance
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 0 if self.class_tokens is None else 1
+
+    def with_class_token(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [I, K, C] behind the class token, where the strategy is "full"."""
+        return tokens if self.class_tokens is None else torch.cat([self.class_tokens, tokens], dim=1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class RecoverableLlavaModel(LlavaModel):
         config = self.config
         layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
         num_layers = len(tower.encoder.layers)
         attention_layer = config.attention_layer % num_layers
         feature_layers = [layer] if isinstance(layer, int) else list(layer)
@@ -143,8 +155,21 @@ class RecoverableLlavaModel(LlavaModel):
             relevance_embeds=relevance_embeds,
         )
 
+    def _vision_of(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: VisionFeatures | None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> VisionFeatures:
+        if vision_features is not None:
+            return vision_features
+        if pixel_values is None:
+            raise ValueError("Neither pixel_values nor vision_features was given: pass one of them.")
+        return self.get_vision_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+
     @staticmethod
-    def _class_attention(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _class_attention(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of the class token over the patches [I, N], mean over heads, and the patches' keys [I, N, C].
 
         Recomputed from the layer's input for the class row alone, so the tower itself stays on SDPA or FlashAttention.
@@ -159,7 +184,7 @@ class RecoverableLlavaModel(LlavaModel):
         scores = logits.softmax(-1, dtype=torch.float32).mean(1)
         return scores[:, 1:], keys[:, 1:]
 
-    def _relevance_embeds(self, tower: nn.Module, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _relevance_embeds(self, tower: Any, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """[I, N, D] unit-norm patch embeddings in CLIP's joint space, by `config.text_relevance`."""
         last = len(tower.encoder.layers)
         if self.config.text_relevance == "projected":
@@ -181,8 +206,7 @@ class RecoverableLlavaModel(LlavaModel):
         self, vision: VisionFeatures, text_scores: torch.Tensor | None, has_question: torch.Tensor | None
     ) -> Selection:
         """Which patches stay, for each image; one row of `text_scores` and `has_question` per image."""
-        config, num_class_tokens = self.config, 0 if vision.class_tokens is None else 1
-        budget, limit = config.visual_token_budget, config.max_visual_tokens
+        config, budget = self.config, self.config.visual_token_budget
         return select_tokens(
             vision.visual_scores,
             text_scores,
@@ -193,8 +217,8 @@ class RecoverableLlavaModel(LlavaModel):
             lof_threshold=config.lof_threshold,
             merge_remaining=config.merge_remaining,
             min_visual_tokens=config.min_visual_tokens,
-            max_visual_tokens=limit,
-            visual_token_budget=None if budget is None else budget - num_class_tokens,
+            max_visual_tokens=config.max_visual_tokens,
+            visual_token_budget=None if budget is None else budget - vision.num_class_tokens,
         )
 
     def _assemble_tokens(
@@ -221,10 +245,7 @@ class RecoverableLlavaModel(LlavaModel):
 
     def _project_tokens(self, vision: VisionFeatures, assembly: Assembly) -> torch.Tensor:
         """[I, K, D] visual tokens in the language model's space; the projector runs on these alone."""
-        tokens = gather_tokens(vision.patches, assembly)
-        if vision.class_tokens is not None:
-            tokens = torch.cat([vision.class_tokens, tokens], dim=1)
-        return self.multi_modal_projector(tokens)
+        return self.multi_modal_projector(vision.with_class_token(gather_tokens(vision.patches, assembly)))
 
     def _text_scores(
         self, vision: VisionFeatures, question: "_Question | None", row_of_image: torch.Tensor | None
@@ -260,42 +281,41 @@ class RecoverableLlavaModel(LlavaModel):
                 "(get_image_features: one per image)."
             )
         if question_embeds is None:
-            question_embeds = self.get_question_embeds(question_input_ids)
+            question_embeds = self.get_question_embeds(rows)
         if question_attention_mask is None:
             present = question_embeds.new_ones(len(rows), dtype=torch.bool)
         else:
             present = question_attention_mask.bool().any(1)
         return _Question(nn.functional.normalize(question_embeds.float(), dim=-1), present)
 
-    def _num_patch_tokens(self, budget: int, vision: VisionFeatures) -> int:
-        return budget - (0 if vision.class_tokens is None else 1)
-
     def _placeholders_per_image(self, vision_feature_select_strategy: str | None = None) -> int:
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         return self.config.num_patches + (1 if strategy == "full" else 0)
 
-    def _is_short(self, input_ids: torch.Tensor, num_images: int, per_image: int) -> bool:
-        """Whether the prompt carries `visual_token_budget` placeholders per image, not one per patch.
+    def _num_placeholders(self, input_ids: torch.Tensor, num_images: int, per_image: int) -> int:
+        """How many placeholders each image has: `per_image`, or `visual_token_budget` where the prompt is short already.
 
         Decided without looking at the ids where the prompt's length allows it: a host that waits for the device would
         spoil the fixed budget's purpose.
         """
         budget = self.config.visual_token_budget
-        if budget is None or budget == per_image or torch.compiler.is_compiling():
-            return budget is not None
-        if input_ids.device.type != "cpu" and input_ids.shape[1] < per_image:
-            return True
+        if budget is None or not self.config.compress:
+            return per_image
+        is_too_short = input_ids.device.type != "cpu" and input_ids.shape[1] < per_image
+        if budget == per_image or is_too_short or torch.compiler.is_compiling():
+            return budget
         count = int((input_ids == self.config.image_token_id).sum())
         if count == num_images * budget:
-            return True
-        if count == num_images * per_image:
-            return False
-        raise self._placeholder_error(count, num_images, per_image)
+            return budget
+        self._check_placeholders(count, num_images, per_image)
+        return per_image
 
-    def _placeholder_error(self, count: int, num_images: int, per_image: int) -> ValueError:
+    def _check_placeholders(self, count: int, num_images: int, per_image: int, is_uneven: bool = False) -> None:
+        if count == num_images * per_image and not is_uneven:
+            return
         budget = self.config.visual_token_budget
         short = "" if budget is None else f" (or visual_token_budget = {budget} each, {num_images * budget} in all)"
-        return ValueError(
+        raise ValueError(
             f"The prompts have {count} image placeholders, but {num_images} images need {per_image} each, "
             f"{num_images * per_image} in all{short}, and an image's placeholders stand in one prompt. Prepare prompts "
             "and images together with the repo's processor."
@@ -305,10 +325,9 @@ class RecoverableLlavaModel(LlavaModel):
         self, vision: VisionFeatures, question: "_Question | None", row_of_image: torch.Tensor | None
     ) -> torch.Tensor:
         """[I, visual_token_budget, D] visual tokens of a fixed budget: static shapes, nothing leaves the device."""
-        budget = self.config.visual_token_budget
+        num_tokens = (self.config.visual_token_budget or 0) - vision.num_class_tokens
         with torch.no_grad():
             text_scores, has_question = self._text_scores(vision, question, row_of_image)
-            num_tokens = self._num_patch_tokens(budget, vision)
             selection = self._select_tokens(vision, text_scores, has_question)
             assembly = self._assemble_tokens(selection, vision, text_scores, has_question, num_tokens, num_tokens)
         return self._project_tokens(vision, assembly)
@@ -326,51 +345,38 @@ class RecoverableLlavaModel(LlavaModel):
         Raises:
             ValueError: if the placeholders do not match the images.
         """
-        num_images = len(vision.patches)
-        per_image = vision.patches.shape[1] + (0 if vision.class_tokens is None else 1)
-        num_class_tokens = per_image - vision.patches.shape[1]
-        if self._is_short(input_ids, num_images, per_image):
-            placeholders = locate_placeholders(
-                input_ids, self.config.image_token_id, self.config.visual_token_budget, num_images
-            )
-            tokens = self._budget_tokens(vision, question, placeholders.row_of_image)
-            short = _unshortened(input_ids, attention_mask, position_ids)
+        num_images, num_class_tokens = len(vision.patches), vision.num_class_tokens
+        per_image = vision.patches.shape[1] + num_class_tokens
+        image_token_id = self.config.image_token_id
+        num_placeholders = self._num_placeholders(input_ids, num_images, per_image)
+        is_short = self.config.compress and num_placeholders == self.config.visual_token_budget
+        if is_short or not self.config.compress:
+            placeholders = locate_placeholders(input_ids, image_token_id, num_placeholders, num_images)
+            if is_short:
+                tokens = self._budget_tokens(vision, question, placeholders.row_of_image)
+            else:
+                self._check_placeholders(int(placeholders.mask.sum()), num_images, per_image)
+                tokens = self.multi_modal_projector(vision.with_class_token(vision.patches))
+            short = unshortened_prompt(input_ids, attention_mask, position_ids)
             return short, place_tokens(tokens.to(input_ids.device), placeholders, short)
 
-        placeholders = locate_placeholders(input_ids, self.config.image_token_id, per_image, num_images)
+        placeholders = locate_placeholders(input_ids, image_token_id, per_image, num_images)
         with torch.no_grad():
-            if self.config.compress:
-                text_scores, has_question = self._text_scores(vision, question, placeholders.row_of_image)
-                selection = self._select_tokens(vision, text_scores, has_question)
-                num_tokens, num_merged = selection.num_tokens, selection.num_merged
-            else:
-                num_tokens = torch.full((num_images,), vision.patches.shape[1], device=input_ids.device)
-                num_merged = torch.zeros_like(num_tokens)
-            keep = surviving_positions(
-                placeholders, num_tokens.to(input_ids.device) + num_class_tokens, attention_mask
-            )
+            text_scores, has_question = self._text_scores(vision, question, placeholders.row_of_image)
+            selection = self._select_tokens(vision, text_scores, has_question)
+            num_kept = selection.num_tokens.to(input_ids.device) + num_class_tokens
+            keep = surviving_positions(placeholders, num_kept, attention_mask)
             # The one copy to the host: everything that a shape or a check depends on.
             per_row = placeholders.mask.sum(1)
-            facts = [num_tokens.max(), num_merged.max(), keep.sum(1).max(), per_row.sum(), (per_row % per_image).max()]
+            facts = [selection.num_tokens.max(), selection.num_merged.max(), keep.sum(1).max(), per_row.sum()]
+            facts.append((per_row % per_image).max())
             longest, most_merged, short_length, count, uneven = torch.stack(
                 [fact.to(input_ids.device) for fact in facts]
             ).tolist()
-            if count != num_images * per_image or uneven:
-                raise self._placeholder_error(count, num_images, per_image)
-            short = shorten_prompt(
-                input_ids, keep, short_length, self.config.image_token_id, attention_mask, position_ids
-            )
-            if self.config.compress:
-                assembly = self._assemble_tokens(
-                    selection, vision, text_scores, has_question, longest, most_merged
-                )
-        if self.config.compress:
-            tokens = self._project_tokens(vision, assembly)
-        else:
-            features = vision.patches if vision.class_tokens is None else torch.cat(
-                [vision.class_tokens, vision.patches], dim=1
-            )
-            tokens = self.multi_modal_projector(features)
+            self._check_placeholders(count, num_images, per_image, is_uneven=bool(uneven))
+            assembly = self._assemble_tokens(selection, vision, text_scores, has_question, longest, most_merged)
+            short = shorten_prompt(input_ids, keep, short_length, image_token_id, attention_mask, position_ids)
+        tokens = self._project_tokens(vision, assembly)
         return short, place_tokens(tokens.to(input_ids.device), placeholders, short)
 
     # ------------------------------------------------------------------------------------------------ stock's interface
@@ -388,8 +394,8 @@ class RecoverableLlavaModel(LlavaModel):
         """As stock; with `visual_token_budget`, `pooler_output` has exactly that many tokens for each image.
 
         Args:
-            question_input_ids, question_attention_mask, question_embeds: one row per *image* here, as there is no prompt
-                that could tell which image belongs to which question. Without them class attention chooses alone.
+            question_input_ids, question_attention_mask, question_embeds: one row per *image* here, as there is no
+                prompt to tell which image belongs to which question. Without them class attention chooses alone.
         """
         if not self.config.compress or self.config.visual_token_budget is None:
             return super().get_image_features(
@@ -399,9 +405,7 @@ class RecoverableLlavaModel(LlavaModel):
                 **kwargs,
             )
         self.config.validate_recovery()
-        question = self._read_question(
-            len(pixel_values), question_input_ids, question_attention_mask, question_embeds
-        )
+        question = self._read_question(len(pixel_values), question_input_ids, question_attention_mask, question_embeds)
         vision = self.get_vision_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=vision.patches, pooler_output=list(self._budget_tokens(vision, question, None))
@@ -424,15 +428,11 @@ class RecoverableLlavaModel(LlavaModel):
         Takes what the processor returns: `model.recover_tokens(**inputs)`.
         """
         self.config.validate_recovery()
-        vision = self.get_vision_features(pixel_values) if vision_features is None else vision_features
+        vision = self._vision_of(pixel_values, vision_features)
         question = self._read_question(len(input_ids), question_input_ids, question_attention_mask, question_embeds)
-        per_image = self._placeholders_per_image()
-        if self._is_short(input_ids, len(vision.patches), per_image):
-            per_image = self.config.visual_token_budget
+        per_image = self._num_placeholders(input_ids, len(vision.patches), self._placeholders_per_image())
         placeholders = locate_placeholders(input_ids, self.config.image_token_id, per_image, len(vision.patches))
-        count = int(placeholders.mask.sum())
-        if count != len(vision.patches) * per_image:
-            raise self._placeholder_error(count, len(vision.patches), self._placeholders_per_image())
+        self._check_placeholders(int(placeholders.mask.sum()), len(vision.patches), per_image)
         text_scores, has_question = self._text_scores(vision, question, placeholders.row_of_image)
         selection = self._select_tokens(vision, text_scores, has_question)
         longest, most_merged = torch.stack([selection.num_tokens.max(), selection.num_merged.max()]).tolist()
@@ -465,15 +465,15 @@ class RecoverableLlavaModel(LlavaModel):
         Args:
             question_input_ids: [B, T] the question of each prompt for the CLIP text tower, padded on the right.
             question_attention_mask: [B, T]; a row without any 1 has no question.
-            question_embeds: [B, D] embeddings from `get_question_embeds`, instead of ids: for one question, many images.
+            question_embeds: [B, D] embeddings from `get_question_embeds`, instead of ids: one question, many images.
             visual_embeds: [B, S, D] visual tokens aligned with `input_ids`, which are then short already. Used by
                 `generate`.
-            vision_features: from `get_vision_features`, instead of `pixel_values`: for one image, many questions.
+            vision_features: from `get_vision_features`, instead of `pixel_values`: one image, many questions.
 
         Raises:
             ValueError: if placeholders, images, questions, mask or cache do not belong together.
         """
-        history = getattr(past_key_values, _HISTORY, None)
+        history = getattr(past_key_values, HISTORY, None)
         has_images = pixel_values is not None or vision_features is not None
         if visual_embeds is not None:
             text_embeds = self.get_input_embeddings()(input_ids)
@@ -506,23 +506,26 @@ class RecoverableLlavaModel(LlavaModel):
                 "attention_mask must have shape [batch, length] where visual tokens are dropped, as a mask over pairs "
                 "of positions cannot follow. Pass a mask of that shape, or set config.compress = False."
             )
-        cached_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (has_images and input_ids is None):
+            raise ValueError(
+                "input_ids must be given to continue a compressed cache with an image; without one, inputs_embeds do."
+            )
+        cached_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if cached_length and history is None:
-            history = _uncompressed_history(tokens, cached_length, attention_mask)
+            history = uncompressed_history(tokens, cached_length, attention_mask)
         if history is not None:
             history = history.cropped(cached_length)
-        new_mask = _mask_of_new_tokens(tokens, attention_mask, history)
+        new_mask = mask_of_new_tokens(tokens, attention_mask, history)
+        ids = input_ids if input_ids is not None else tokens.new_full(tokens.shape[:2], -1, dtype=torch.long)
         if has_images:
-            question = self._read_question(len(input_ids), question_input_ids, question_attention_mask, question_embeds)
-            if vision_features is None:
-                vision_features = self.get_vision_features(
-                    pixel_values, vision_feature_layer, vision_feature_select_strategy
-                )
-            short, visual_embeds = self.compress_prompt(input_ids, vision_features, question, new_mask, position_ids)
+            question = self._read_question(len(ids), question_input_ids, question_attention_mask, question_embeds)
+            vision = self._vision_of(
+                pixel_values, vision_features, vision_feature_layer, vision_feature_select_strategy
+            )
+            short, visual_embeds = self.compress_prompt(ids, vision, question, new_mask, position_ids)
         else:
-            ids = input_ids if input_ids is not None else tokens.new_full(tokens.shape[:2], -1, dtype=torch.long)
-            short, visual_embeds = _unshortened(ids, new_mask, position_ids), None
+            short, visual_embeds = unshortened_prompt(ids, new_mask, position_ids), None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(short.input_ids)
         if visual_embeds is not None:
@@ -548,10 +551,9 @@ class RecoverableLlavaModel(LlavaModel):
         )
         if outputs.past_key_values is not None:
             original_mask = torch.ones_like(short.spread) if new_mask is None else new_mask.long()
-            empty = _empty_history(original_mask)
-            ids = input_ids if input_ids is not None else short.input_ids
-            extended = (history or empty).extended(ids, original_mask, short.input_ids, short.attention_mask)
-            setattr(outputs.past_key_values, _HISTORY, extended)
+            past = history or empty_history(original_mask)
+            extended = past.extended(ids, original_mask, short.input_ids, short.attention_mask)
+            setattr(outputs.past_key_values, HISTORY, extended)
         if short.input_ids.shape[1] != tokens.shape[1]:
             outputs.last_hidden_state = spread_over_original(outputs.last_hidden_state, short)
             if outputs.hidden_states is not None:
@@ -563,57 +565,6 @@ class RecoverableLlavaModel(LlavaModel):
 class _Question:
     embeds: torch.Tensor  # [R, D] float32 unit norm
     present: torch.Tensor  # [R] bool
-
-
-def _unshortened(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> ShortPrompt:
-    """A prompt that is short already, in the form of a shortened one."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    counted = (mask.cumsum(1) - 1).clamp(min=0)
-    return ShortPrompt(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=counted if position_ids is None else position_ids.expand_as(input_ids),
-        source=positions,
-        spread=positions,
-    )
-
-
-def _empty_history(like: torch.Tensor) -> CompressedHistory:
-    nothing = like.new_zeros(len(like), 0)
-    return CompressedHistory(nothing, nothing, nothing, nothing, 0)
-
-
-def _uncompressed_history(
-    tokens: torch.Tensor, cached_length: int, attention_mask: torch.Tensor | None
-) -> CompressedHistory:
-    """The history of a cache from an uncompressed prefill, whose ids are not known."""
-    ids = torch.full((len(tokens), cached_length), -1, dtype=torch.long, device=tokens.device)
-    if attention_mask is not None and attention_mask.shape[1] >= cached_length + tokens.shape[1]:
-        mask = attention_mask[:, :cached_length].long()
-    else:
-        mask = torch.ones_like(ids)
-    return CompressedHistory(ids, mask, ids, mask, 0)
-
-
-def _mask_of_new_tokens(
-    tokens: torch.Tensor, attention_mask: torch.Tensor | None, history: CompressedHistory | None
-) -> torch.Tensor | None:
-    """The last columns [B, L] of a mask that may also cover what is cached, in either numbering."""
-    if attention_mask is None:
-        return None
-    length = tokens.shape[1]
-    allowed = {length}
-    if history is not None:
-        allowed |= {history.input_ids.shape[1] + length, history.short_input_ids.shape[1] + length}
-    if attention_mask.shape[1] not in allowed:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns for {length} new tokens, but must cover the new "
-            f"tokens, or these and what past_key_values stands for: one of {sorted(allowed)} columns."
-        )
-    return attention_mask[:, -length:]
 
 
 class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -659,8 +610,8 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Any:
         """As stock, with the arguments of `RecoverableLlavaModel.forward`.
 
-        Where tokens are dropped, a label on an image placeholder, or behind padding, is ignored: neither has a prediction
-        of its own.
+        Where tokens are dropped, a label on an image placeholder, or behind padding, is ignored: neither has a
+        prediction of its own.
         """
         has_images = pixel_values is not None or vision_features is not None
         if labels is not None and has_images and self.config.compress and input_ids is not None:
@@ -756,7 +707,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         prompt have the short length. A returned cache can be continued with the full history or with new tokens alone.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        cache, history = kwargs.get("past_key_values"), getattr(kwargs.get("past_key_values"), _HISTORY, None)
+        cache, history = kwargs.get("past_key_values"), getattr(kwargs.get("past_key_values"), HISTORY, None)
         has_images = kwargs.get("pixel_values") is not None or kwargs.get("vision_features") is not None
         has_embeds = any(
             kwargs.get(name) is not None for name in ("inputs_embeds", "visual_embeds", "mm_encoder_outputs")
@@ -783,21 +734,21 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         prompt = self._compress_for_generation(input_ids, cache, history, kwargs)
         generation_config, kwargs = self._count_original_length(prompt, generation_config, kwargs)
         if streamer is not None:
-            streamer = _OriginalPromptStreamer(streamer, prompt)
+            streamer = OriginalPromptStreamer(streamer, prompt)
         if prefix_allowed_tokens_fn is not None:
             allowed_tokens = prefix_allowed_tokens_fn
 
             def prefix_allowed_tokens_fn(row: int, ids: torch.Tensor) -> list[int]:
                 return allowed_tokens(row, torch.cat([prompt.given_ids[row], ids[prompt.loop_ids.shape[1] :]]))
 
-        if cache is not None and hasattr(cache, _HISTORY):
-            delattr(cache, _HISTORY)  # inside the loop it is an ordinary cache of the short prompt
+        if cache is not None and hasattr(cache, HISTORY):
+            delattr(cache, HISTORY)  # inside the loop it is an ordinary cache of the short prompt
         try:
             result = super().generate(
                 prompt.loop_ids,
                 generation_config=generation_config,
-                logits_processor=_see_original_prompt(logits_processor, prompt, LogitsProcessorList),
-                stopping_criteria=_see_original_prompt(stopping_criteria, prompt, StoppingCriteriaList),
+                logits_processor=see_original_prompt(logits_processor, prompt, LogitsProcessorList),
+                stopping_criteria=see_original_prompt(stopping_criteria, prompt, StoppingCriteriaList),
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 streamer=streamer,
                 attention_mask=prompt.short_attention_mask,
@@ -806,7 +757,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         except BaseException:
             if history is not None:
-                setattr(cache, _HISTORY, history)
+                setattr(cache, HISTORY, history)
             raise
         is_tensor = isinstance(result, torch.Tensor)
         short_sequences = result if is_tensor else result.sequences
@@ -824,7 +775,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         cache: Cache | None,
         history: CompressedHistory | None,
         kwargs: dict[str, Any],
-    ) -> "_GenerationPrompt":
+    ) -> "GenerationPrompt":
         """The short prompt for the loop. Takes what it uses out of `kwargs`."""
         attention_mask = kwargs.pop("attention_mask", None)
         position_ids = kwargs.pop("position_ids", None)
@@ -836,11 +787,11 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         is_full = True
         if cached_length:
-            history = history or _uncompressed_history(input_ids[:, :0], cached_length, attention_mask)
+            history = history or uncompressed_history(input_ids[:, :0], cached_length, attention_mask)
             history = history.cropped(cached_length)
-            is_full = _is_full_history(input_ids, attention_mask, history)
+            is_full = is_full_history(input_ids, attention_mask, history)
         else:
-            history = _empty_history(input_ids)
+            history = empty_history(input_ids)
         num_past = history.input_ids.shape[1] if is_full else 0
         new_ids = input_ids[:, num_past:]
         if new_ids.shape[1] == 0:
@@ -848,27 +799,23 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 f"input_ids has {input_ids.shape[1]} tokens, and past_key_values holds as many: there is no new token "
                 "to go on from. Pass at least one token that is not cached."
             )
-        if attention_mask is not None:
-            new_mask = attention_mask[:, -new_ids.shape[1] :]
-        else:
-            new_mask = torch.ones_like(new_ids)
+        new_mask = torch.ones_like(new_ids) if attention_mask is None else attention_mask[:, -new_ids.shape[1] :]
 
         per_image = self.model._placeholders_per_image(strategy)
         if pixel_values is not None and num_past:
             pixel_values = self._images_of_new_tokens(pixel_values, input_ids, new_ids, per_image)
         if pixel_values is None and vision is None:
-            short, visual_embeds = _unshortened(new_ids, new_mask, None), None
+            short, visual_embeds = unshortened_prompt(new_ids, new_mask, None), None
         else:
             question = self.model._read_question(len(input_ids), **question_inputs)
-            if vision is None:
-                vision = self.model.get_vision_features(pixel_values, layer, strategy)
+            vision = self.model._vision_of(pixel_values, vision, layer, strategy)
             new_positions = None if position_ids is None else position_ids[:, -new_ids.shape[1] :]
             short, visual_embeds = self.model.compress_prompt(new_ids, vision, question, new_mask, new_positions)
             visual_embeds = nn.functional.pad(visual_embeds, (0, 0, cached_length, 0))
         if position_ids is not None and not cached_length:
             kwargs["position_ids"] = short.position_ids
         extended = history.extended(new_ids, new_mask.long(), short.input_ids, short.attention_mask)
-        return _GenerationPrompt(
+        return GenerationPrompt(
             given_ids=input_ids,
             loop_ids=extended.short_input_ids if is_full else short.input_ids,
             short_attention_mask=extended.short_attention_mask,
@@ -891,10 +838,11 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 is_new = [[False] * (a - n) + [True] * n for a, n in zip(num_all, num_new)]
                 index = torch.tensor([new for row in is_new for new in row], device=pixel_values.device)
                 return pixel_values[index] if any(num_new) else None
-        raise self.model._placeholder_error(sum(counts[1]), len(pixel_values), per_image)
+        self.model._check_placeholders(sum(counts[1]), len(pixel_values), per_image)
+        return pixel_values
 
     def _count_original_length(
-        self, prompt: "_GenerationPrompt", generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, prompt: "GenerationPrompt", generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[GenerationConfig | None, dict[str, Any]]:
         """Make explicit `max_length` and `min_length` count the original prompt, as they do in stock `generate`."""
         given_length = prompt.given_ids.shape[1]
@@ -925,107 +873,6 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             else:
                 kwargs[name] = value
         return generation_config, kwargs
-
-
-@dataclass
-class _GenerationPrompt:
-    """A prompt as the caller gave it, and as the generation loop sees it."""
-
-    given_ids: torch.Tensor  # [B, L]
-    loop_ids: torch.Tensor  # [B, S]
-    short_attention_mask: torch.Tensor  # [B, cached + new]
-    visual_embeds: torch.Tensor | None  # [B, cached + new, D]
-    history: CompressedHistory  # all that will be cached once this prompt is
-
-    def restore(self, ids: torch.Tensor) -> torch.Tensor:
-        """Sequences of the loop, [B * beams, S + new], with the original prompt in front."""
-        given = self.given_ids.repeat_interleave(len(ids) // len(self.given_ids), dim=0).to(ids.device)
-        return torch.cat([given, ids[:, self.loop_ids.shape[1] :]], dim=1)
-
-    def remember(self, cache: Cache, sequences: torch.Tensor) -> None:
-        """Give the cache the history that it holds: this prompt and the answers."""
-        repeats = len(sequences) // len(self.given_ids)
-        if len(sequences) != self._num_cached_rows(cache):
-            return  # beams: the rows of the cache are not those of the sequences, and stock cannot go on from it either
-        history = CompressedHistory(
-            *(getattr(self.history, name).repeat_interleave(repeats, dim=0) for name in (
-                "input_ids", "attention_mask", "short_input_ids", "short_attention_mask"
-            )),
-            self.history.irreducible_length,
-        )
-        answer = sequences[:, self.loop_ids.shape[1] :]
-        present = torch.ones_like(answer)
-        history = history.extended(answer, present, answer, present)
-        setattr(cache, _HISTORY, history.cropped(int(cache.get_seq_length())))
-
-    @staticmethod
-    def _num_cached_rows(cache: Cache) -> int:
-        return next((len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None), 0)
-
-
-def _is_full_history(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, history: CompressedHistory
-) -> bool:
-    """Whether `input_ids` repeats what the cache stands for, or is new altogether.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    num_past, length = history.input_ids.shape[1], input_ids.shape[1]
-    past = history.input_ids.to(input_ids.device)
-    if len(past) != len(input_ids):
-        raise ValueError(f"input_ids has {len(input_ids)} rows, but past_key_values stands for {len(past)}.")
-    if attention_mask is not None and attention_mask.shape[1] != length:
-        allowed = {num_past + length, history.short_input_ids.shape[1] + length}
-        if attention_mask.shape[1] not in allowed:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but must cover input_ids ({length}), or these "
-                f"and what past_key_values stands for: one of {sorted({length, *allowed})} columns."
-            )
-        return False
-    if length > num_past:
-        is_same = (past == input_ids[:, :num_past]) | (past == -1) | (history.attention_mask.to(past.device) == 0)
-        if bool(is_same.all()):
-            return True
-        raise ValueError(
-            "past_key_values does not belong to a prefix of input_ids: they differ within the first "
-            f"{num_past} tokens that it stands for. Start without past_key_values, or, to pass new tokens alone, give "
-            f"an attention_mask of {num_past + length} columns."
-        )
-    return False
-
-
-class _OriginalPromptStreamer:
-    """Shows a streamer the original prompt instead of the short one, which is the first thing that `generate` puts."""
-
-    def __init__(self, streamer: Any, prompt: _GenerationPrompt):
-        self.streamer, self.prompt, self.is_first = streamer, prompt, True
-
-    def put(self, value: torch.Tensor) -> None:
-        self.streamer.put(self.prompt.restore(value) if self.is_first else value)
-        self.is_first = False
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-class _OriginalPromptCallback:
-    """Shows a logits processor or stopping criterion the original prompt; otherwise it is that object."""
-
-    def __init__(self, callback: Any, prompt: _GenerationPrompt):
-        self.callback, self.prompt = callback, prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
-        return self.callback(self.prompt.restore(input_ids), scores)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.callback, name)
-
-
-def _see_original_prompt(callbacks: list | None, prompt: _GenerationPrompt, list_class: type) -> list | None:
-    if callbacks is None:
-        return None
-    return list_class(_OriginalPromptCallback(callback, prompt) for callback in callbacks)
 
 
 __all__ = ["RecoverableLlavaForConditionalGeneration", "RecoverableLlavaModel"]

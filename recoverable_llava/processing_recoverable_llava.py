@@ -18,8 +18,8 @@ class RecoverableLlavaProcessor(LlavaProcessor):
     Args:
         image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
             num_additional_image_tokens: as in `LlavaProcessor`.
-        question_tokenizer: tokenizer of the CLIP text tower; its `model_max_length` is the length that every question is
-            padded to on the right, or cut to.
+        question_tokenizer: tokenizer of the CLIP text tower; its `model_max_length` is the length that every question
+            is padded to on the right, or cut to.
         question_vocab_size (`int`, *optional*): the vocabulary size of `question_tokenizer`, written on saving and
             checked on loading.
         visual_token_budget (`int`, *optional*): as in the model's config. Prompts then carry exactly that many

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 
 
+# Where a cache carries its CompressedHistory.
+HISTORY = "compressed_history"
+
+
 @dataclass(frozen=True)
 class Placeholders:
     """Where the images stand in a batch of prompts. Images are numbered in reading order over the batch."""
@@ -101,6 +105,22 @@ def shorten_prompt(
     )
 
 
+def unshortened_prompt(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> ShortPrompt:
+    """A prompt that is short already, in the form of a shortened one."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    return ShortPrompt(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=counted if position_ids is None else position_ids.expand_as(input_ids),
+        source=positions,
+        spread=positions,
+    )
+
+
 def place_tokens(tokens: torch.Tensor, placeholders: Placeholders, short: ShortPrompt) -> torch.Tensor:
     """[B, S, D]: each image's tokens [I, K, D] at its placeholders of the short prompt, zero elsewhere."""
     num_per_image = tokens.shape[1]
@@ -144,6 +164,16 @@ class CompressedHistory:
             irreducible_length=short_input_ids.shape[1] if is_compressed else self.irreducible_length,
         )
 
+    def repeated(self, repeats: int) -> "CompressedHistory":
+        """The history of a cache in which every row stands `repeats` times in a row."""
+        return CompressedHistory(
+            input_ids=self.input_ids.repeat_interleave(repeats, dim=0),
+            attention_mask=self.attention_mask.repeat_interleave(repeats, dim=0),
+            short_input_ids=self.short_input_ids.repeat_interleave(repeats, dim=0),
+            short_attention_mask=self.short_attention_mask.repeat_interleave(repeats, dim=0),
+            irreducible_length=self.irreducible_length,
+        )
+
     def cropped(self, cached_length: int) -> "CompressedHistory":
         """The history of a cache that holds `cached_length` short tokens.
 
@@ -166,3 +196,68 @@ class CompressedHistory:
             short_attention_mask=self.short_attention_mask[:, :-surplus],
             irreducible_length=self.irreducible_length,
         )
+
+
+def empty_history(like: torch.Tensor) -> CompressedHistory:
+    nothing = like.new_zeros(len(like), 0)
+    return CompressedHistory(nothing, nothing, nothing, nothing, 0)
+
+
+def uncompressed_history(
+    tokens: torch.Tensor, cached_length: int, attention_mask: torch.Tensor | None
+) -> CompressedHistory:
+    """The history of a cache from an uncompressed prefill, whose ids are not known."""
+    ids = torch.full((len(tokens), cached_length), -1, dtype=torch.long, device=tokens.device)
+    if attention_mask is not None and attention_mask.shape[1] >= cached_length + tokens.shape[1]:
+        mask = attention_mask[:, :cached_length].long()
+    else:
+        mask = torch.ones_like(ids)
+    return CompressedHistory(ids, mask, ids, mask, 0)
+
+
+def mask_of_new_tokens(
+    tokens: torch.Tensor, attention_mask: torch.Tensor | None, history: CompressedHistory | None
+) -> torch.Tensor | None:
+    """The last columns [B, L] of a mask that may also cover what is cached, in either numbering."""
+    if attention_mask is None:
+        return None
+    length = tokens.shape[1]
+    allowed = {length}
+    if history is not None:
+        allowed |= {history.input_ids.shape[1] + length, history.short_input_ids.shape[1] + length}
+    if attention_mask.shape[1] not in allowed:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {length} new tokens, but must cover the new "
+            f"tokens, or these and what past_key_values stands for: one of {sorted(allowed)} columns."
+        )
+    return attention_mask[:, -length:]
+
+
+def is_full_history(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, history: CompressedHistory) -> bool:
+    """Whether `input_ids` repeats what the cache stands for, or is new altogether.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    num_past, length = history.input_ids.shape[1], input_ids.shape[1]
+    past = history.input_ids.to(input_ids.device)
+    if len(past) != len(input_ids):
+        raise ValueError(f"input_ids has {len(input_ids)} rows, but past_key_values stands for {len(past)}.")
+    if attention_mask is not None and attention_mask.shape[1] != length:
+        allowed = {num_past + length, history.short_input_ids.shape[1] + length}
+        if attention_mask.shape[1] not in allowed:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but must cover input_ids ({length}), or these "
+                f"and what past_key_values stands for: one of {sorted({length, *allowed})} columns."
+            )
+        return False
+    if length > num_past:
+        is_same = (past == input_ids[:, :num_past]) | (past == -1) | (history.attention_mask.to(past.device) == 0)
+        if bool(is_same.all()):
+            return True
+        raise ValueError(
+            "past_key_values does not belong to a prefix of input_ids: they differ within the first "
+            f"{num_past} tokens that it stands for. Start without past_key_values, or, to pass new tokens alone, give "
+            f"an attention_mask of {num_past + length} columns."
+        )
+    return False

@@ -8,11 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
-import tiny  # noqa: E402
 from recoverable_llava.combine import combine  # noqa: E402
 
 

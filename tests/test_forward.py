@@ -160,9 +160,7 @@ def test_packed_sequences(model, processor, pictures):
         use_cache=False,
         **question,
     ).logits
-    alone = [
-        model(input_ids=row["input_ids"], pixel_values=row["pixel_values"], **question).logits for row in rows
-    ]
+    alone = [model(input_ids=row["input_ids"], pixel_values=row["pixel_values"], **question).logits for row in rows]
     assert torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-5)
 
 

@@ -49,7 +49,7 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",
@@ -58,7 +58,6 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
     )
-    return fast
 
 
 def clip_tokenizer() -> CLIPTokenizer:
