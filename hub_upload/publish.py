@@ -26,6 +26,7 @@ from huggingface_hub import (
     constants,
     get_token,
     snapshot_download,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -122,6 +123,8 @@ def explain(error: BaseException, action: str) -> str | None:
                 f"{action}: the connection to {constants.ENDPOINT} failed ({type(cause).__name__}). Check the network, "
                 "then run the same command again: what was uploaded is not sent twice"
             )
+        if isinstance(cause, json.JSONDecodeError):
+            return f"{action}: {constants.ENDPOINT} did not answer like a Hub. Check HF_ENDPOINT, proxy and network"
         if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             return f"{action}: {cause.strerror} ({cause.filename or 'while writing'}). Free some space and run it again"
         if isinstance(cause, LocalEntryNotFoundError):
@@ -181,7 +184,7 @@ def explained(action: str, token: str | None = None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(f"{action}: {redact(str(error), token)}") from None
-    except (HubFailure, KeyboardInterrupt):
+    except HubFailure:
         raise
     except Exception as error:
         sentence = explain(error, action)
@@ -221,14 +224,18 @@ def fetch_source(name: str, revision: str | None = None, token: str | None = Non
         wanted = weights | {
             entry.path for entry in entries if any(fnmatch(entry.path, pattern) for pattern in SOURCE_PATTERNS)
         }
-        snapshot = snapshot_download(name, revision=commit, allow_patterns=sorted(wanted), token=token)
+        snapshot = snapshot_download(name, revision=revision, allow_patterns=sorted(wanted), token=token)
+        if Path(snapshot).name != commit:  # the branch moved between the two calls
+            snapshot = snapshot_download(name, revision=commit, allow_patterns=sorted(wanted), token=token)
     sha256 = {entry.path: entry.lfs.sha256 for entry in entries if entry.path in weights and entry.lfs is not None}
     return Source(Path(snapshot), name, name, commit, sha256)
 
 
 def _cached_source(name: str, revision: str | None) -> Source:
-    snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    return Source(snapshot, name, name, snapshot.name)
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        raise LocalEntryNotFoundError(f"{name} is not in the cache")
+    return Source(Path(config).parent, name, name, Path(config).parent.name)
 
 
 def _safetensors(entries: list[RepoFile]) -> set[str]:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,19 +50,21 @@ def hub():
         yield running
 
 
+def run_hub_upload(
+    hub: LoopbackHub, folder: Path, *arguments: object, token: str | None = "hf_writer", **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m hub_upload ...` as a user runs it in `folder`, against the Hub on loopback."""
+    return subprocess.run(
+        [sys.executable, "-m", "hub_upload", *map(str, arguments)],
+        env={**hub.environment(folder / "home", token), "PYTHONPATH": str(ROOT), **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
 @pytest.fixture
 def command_line(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python -m hub_upload ...` as a user does, against the Hub on loopback."""
-
-    def run(*arguments: object, token: str | None = "hf_writer", **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "hub_upload", *map(str, arguments)],
-            env={**hub.environment(tmp_path / "home", token), "PYTHONPATH": str(ROOT), **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    return run
+    return partial(run_hub_upload, hub, tmp_path)
