@@ -6,7 +6,7 @@ All fields are flat and typed, so that they stand side by side in config.json an
 
 from typing import Any
 
-from transformers import CLIPTextConfig, LlavaConfig, PreTrainedConfig
+from transformers import CLIPTextConfig, LlavaConfig
 from transformers.models.auto import modeling_auto
 
 
@@ -52,9 +52,9 @@ class RecoverableLlavaConfig(LlavaConfig):
         merge_remaining (`bool`, defaults to `True`):
             One more token for what no centre absorbs.
         min_visual_tokens (`int`, defaults to 1):
-            The visual filter keeps at least this many patches of every image.
+            Adaptive mode: no image has fewer tokens than this.
         max_visual_tokens (`int`, *optional*):
-            Upper bound of an image's tokens in adaptive mode.
+            Adaptive mode: no image has more tokens than this.
         visual_token_budget (`int`, *optional*):
             Fixed mode: exactly this many tokens for every image. None is adaptive mode, where the image and the
             question decide.
@@ -122,7 +122,7 @@ class RecoverableLlavaConfig(LlavaConfig):
             "merge_lof_neighbors": (1, num_patches - 1),
             "merge_neighbors": (0, float("inf")),
             "min_visual_tokens": (1, num_patches),
-            "max_visual_tokens": (self.min_visual_tokens, float("inf")),
+            "max_visual_tokens": (self.min_visual_tokens + self.num_class_tokens, float("inf")),
             "visual_token_budget": (1 + self.num_class_tokens, num_patches + self.num_class_tokens),
         }
         for name, (lowest, highest) in ranges.items():
@@ -130,9 +130,10 @@ class RecoverableLlavaConfig(LlavaConfig):
             if value is None and name in ("max_visual_tokens", "visual_token_budget"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+                allowed = f"of at least {lowest}" if highest == float("inf") else f"from {lowest} to {highest}"
                 raise ValueError(
-                    f"{name} must be a whole number from {lowest} to {highest} for this vision tower "
-                    f"({num_patches} patches, {num_layers} layers), got {value!r}."
+                    f"{name} must be a whole number {allowed} for this vision tower ({num_patches} patches, "
+                    f"{num_layers} layers), got {value!r}."
                 )
         for name, lowest in {"lof_threshold": 1.0, "text_merge_weight": 0.0}.items():
             value = getattr(self, name)

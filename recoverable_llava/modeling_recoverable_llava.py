@@ -206,7 +206,7 @@ class RecoverableLlavaModel(LlavaModel):
         self, vision: VisionFeatures, text_scores: torch.Tensor | None, has_question: torch.Tensor | None
     ) -> Selection:
         """Which patches stay, for each image; one row of `text_scores` and `has_question` per image."""
-        config, budget = self.config, self.config.visual_token_budget
+        config, budget, limit = self.config, self.config.visual_token_budget, self.config.max_visual_tokens
         return select_tokens(
             vision.visual_scores,
             text_scores,
@@ -217,7 +217,7 @@ class RecoverableLlavaModel(LlavaModel):
             lof_threshold=config.lof_threshold,
             merge_remaining=config.merge_remaining,
             min_visual_tokens=config.min_visual_tokens,
-            max_visual_tokens=config.max_visual_tokens,
+            max_visual_tokens=None if limit is None else limit - vision.num_class_tokens,
             visual_token_budget=None if budget is None else budget - vision.num_class_tokens,
         )
 
@@ -293,7 +293,7 @@ class RecoverableLlavaModel(LlavaModel):
         return self.config.num_patches + (1 if strategy == "full" else 0)
 
     def _num_placeholders(self, input_ids: torch.Tensor, num_images: int, per_image: int) -> int:
-        """How many placeholders each image has: `per_image`, or `visual_token_budget` where the prompt is short already.
+        """How many placeholders each image has: `per_image`, or `visual_token_budget` where the prompt is short.
 
         Decided without looking at the ids where the prompt's length allows it: a host that waits for the device would
         spoil the fixed budget's purpose.
