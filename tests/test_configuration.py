@@ -1,0 +1,197 @@
+"""The configuration: what it holds, refuses and writes, and that a change at run time counts from the next call on."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, CLIPTextConfig, LlavaConfig, SiglipVisionConfig
+
+from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration
+from recoverable_llava.configuration_recoverable_llava import AUTO_MAP
+
+
+def tiny_config(**settings):
+    vision_config = {"model_type": "clip_vision_model", **tiny.vision_config()}
+    return RecoverableLlavaConfig(vision_config=vision_config, **{**tiny.RECOVERY, **settings})
+
+
+# Every hyperparameter, with a value that is not its default.
+OTHER_VALUES = {
+    "compress": False,
+    "attention_layer": -2,
+    "visual_lof_neighbors": 7,
+    "text_lof_neighbors": 8,
+    "merge_lof_neighbors": 9,
+    "lof_threshold": 1.25,
+    "text_relevance": "projected",
+    "merge_neighbors": 3,
+    "text_merge_weight": 5.5,
+    "merge_remaining": False,
+    "min_visual_tokens": 2,
+    "max_visual_tokens": 20,
+    "visual_token_budget": 9,
+}
+
+
+def test_every_hyperparameter_survives_a_round_trip(tmp_path):
+    own_fields = set(RecoverableLlavaConfig().to_dict()) - set(LlavaConfig().to_dict())
+    assert own_fields == {*OTHER_VALUES, "question_config", "auto_map"}
+    config = tiny_config(**OTHER_VALUES, question_config={"hidden_size": 24, "projection_dim": 16})
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name, value in OTHER_VALUES.items():
+        assert written[name] == value and value != getattr(tiny_config(), name)
+    for loaded in (RecoverableLlavaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is RecoverableLlavaConfig
+        assert loaded.to_dict() == config.to_dict()
+        assert isinstance(loaded.question_config, CLIPTextConfig) and loaded.question_config.projection_dim == 16
+
+
+def test_written_config_names_the_code_of_every_class(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["auto_map"] == AUTO_MAP and written["model_type"] == "recoverable_llava"
+    tiny_config().save_pretrained(tmp_path)  # over itself
+    assert json.loads((tmp_path / "config.json").read_text()) == written
+
+
+def test_defaults_are_those_of_the_paper():
+    config = RecoverableLlavaConfig()
+    defaults = {name: getattr(config, name) for name in OTHER_VALUES}
+    assert defaults == {
+        "compress": True,
+        "attention_layer": -1,
+        "visual_lof_neighbors": 20,
+        "text_lof_neighbors": 20,
+        "merge_lof_neighbors": 10,
+        "lof_threshold": 1.5,
+        "text_relevance": "value",
+        "merge_neighbors": 32,
+        "text_merge_weight": 50.0,
+        "merge_remaining": True,
+        "min_visual_tokens": 1,
+        "max_visual_tokens": None,
+        "visual_token_budget": None,
+    }
+    assert config.num_patches == 576
+    assert config.vision_feature_layer == -2 and config.question_config.model_type == "clip_text_model"
+
+
+def test_a_stock_config_with_nothing_added_is_complete():
+    stock = LlavaConfig().to_dict()
+    stock.pop("model_type")
+    config = RecoverableLlavaConfig(**stock)
+    assert {name: value for name, value in config.to_dict().items() if name in stock} == stock
+
+
+WRONG_VALUES = [
+    ("compress", 1, "compress must be True or False, got 1"),
+    ("compress", "no", "compress must be True or False, got 'no'"),
+    ("merge_remaining", None, "merge_remaining must be True or False, got None"),
+    ("attention_layer", 3, r"attention_layer must be a whole number from -3 to 2 .*\(36 patches, 3 layers\), got 3"),
+    ("attention_layer", -4, "attention_layer must be a whole number from -3 to 2 .*, got -4"),
+    ("attention_layer", None, "attention_layer .* got None"),
+    ("visual_lof_neighbors", 36, "visual_lof_neighbors must be a whole number from 1 to 35 .*, got 36"),
+    ("text_lof_neighbors", 0, "text_lof_neighbors must be a whole number from 1 to 35 .*, got 0"),
+    ("merge_lof_neighbors", 2.5, "merge_lof_neighbors .* got 2.5"),
+    ("lof_threshold", 0.9, "lof_threshold must be a finite number of at least 1.0, got 0.9"),
+    ("lof_threshold", float("nan"), "lof_threshold must be a finite number .* got nan"),
+    ("lof_threshold", "1.5", "lof_threshold must be a finite number .* got '1.5'"),
+    ("text_relevance", "cosine", r"text_relevance must be one of \('projected', 'negated', 'value'\), got 'cosine'"),
+    ("text_relevance", None, "text_relevance must be one of .* got None"),
+    ("merge_neighbors", -1, "merge_neighbors must be a whole number of at least 0 .*, got -1"),
+    ("text_merge_weight", -0.5, "text_merge_weight must be a finite number of at least 0.0, got -0.5"),
+    ("text_merge_weight", float("inf"), "text_merge_weight must be a finite number .* got inf"),
+    ("min_visual_tokens", 0, "min_visual_tokens must be a whole number from 1 to 36 .*, got 0"),
+    ("min_visual_tokens", 37, "min_visual_tokens must be a whole number from 1 to 36 .*, got 37"),
+    ("max_visual_tokens", 0, "max_visual_tokens must be a whole number of at least 1 .*, got 0"),
+    ("visual_token_budget", 0, "visual_token_budget must be a whole number from 1 to 36 .*, got 0"),
+    ("visual_token_budget", 37, "visual_token_budget must be a whole number from 1 to 36 .*, got 37"),
+    ("visual_token_budget", True, "visual_token_budget .* got True"),
+    ("visual_token_budget", 4.0, r"visual_token_budget .* got 4\.0"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", WRONG_VALUES)
+def test_wrong_values_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{name: value})
+    changed_later = tiny_config()
+    setattr(changed_later, name, value)
+    with pytest.raises(ValueError, match=message):
+        changed_later.validate_recovery()
+
+
+def test_limits_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="max_visual_tokens must be a whole number of at least 12 .*, got 11"):
+        tiny_config(min_visual_tokens=12, max_visual_tokens=11)
+
+
+def test_the_class_token_counts_as_a_token():
+    full = {"vision_feature_select_strategy": "full"}
+    assert tiny_config(**full, visual_token_budget=37).num_class_tokens == 1
+    with pytest.raises(ValueError, match="visual_token_budget must be a whole number from 2 to 37 .*, got 1"):
+        tiny_config(**full, visual_token_budget=1)
+    with pytest.raises(ValueError, match="max_visual_tokens must be a whole number of at least 2 .*, got 1"):
+        tiny_config(**full, max_visual_tokens=1)
+
+
+def test_only_a_clip_vision_tower_will_do():
+    with pytest.raises(ValueError, match="needs a CLIP vision tower .* 'siglip_vision_model'"):
+        RecoverableLlavaConfig(vision_config=SiglipVisionConfig())
+
+
+@pytest.mark.parametrize("name, value, message", WRONG_VALUES[3:4] + WRONG_VALUES[9:10] + WRONG_VALUES[12:13])
+def test_a_wrong_value_at_run_time_is_refused_by_the_next_call(model, processor, pictures, name, value, message):
+    inputs = processor(images=pictures[0], text="USER: <image>\nwhy ? ASSISTANT:", return_tensors="pt")
+    setattr(model.config, name, value)
+    for call in (model, model.generate, model.recover_tokens):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs)
+
+
+# How each hyperparameter is changed, and what it changes.
+EFFECTS = [
+    ("attention_layer", 0, "kept_by_vision"),
+    ("visual_lof_neighbors", 2, "kept_by_vision"),
+    ("text_lof_neighbors", 2, "recovered_by_text"),
+    ("merge_lof_neighbors", 1, "merge_centres"),
+    ("lof_threshold", 1.05, "kept_by_vision"),
+    ("text_relevance", "projected", "recovered_by_text"),
+    ("text_relevance", "negated", "recovered_by_text"),
+    ("merge_neighbors", 1, "merge_weights"),
+    ("text_merge_weight", 0.0, "merge_weights"),
+    ("merge_remaining", False, "merges_remaining"),
+    ("min_visual_tokens", 20, "kept_by_vision"),
+    ("max_visual_tokens", 3, "num_tokens"),
+    ("visual_token_budget", 30, "num_tokens"),
+]
+
+
+@pytest.mark.parametrize("name, value, changes", EFFECTS)
+def test_a_change_at_run_time_counts_from_the_next_call_on(model, processor, pictures, name, value, changes):
+    prompts = ["USER: <image>\nwhat is the colour of the cat ? ASSISTANT:"] * 4
+    inputs = processor(images=[[picture] for picture in pictures], text=prompts, padding=True, return_tensors="pt")
+    model.config.lof_threshold = 1.1  # so that every step has something to do
+
+    def recovered():
+        recovery = model.recover_tokens(**inputs)
+        return getattr(recovery.selection, changes, None), getattr(recovery.assembly, changes, None)
+
+    first, first_logits = recovered(), model(**inputs).logits
+    before = getattr(model.config, name)
+    setattr(model.config, name, value)
+    second, second_logits = recovered(), model(**inputs).logits
+    for old, new in zip(first, second):
+        assert old is None or old.shape != new.shape or not torch.equal(old, new)
+    assert not torch.equal(first_logits, second_logits)
+    setattr(model.config, name, before)
+    for old, new in zip(first, recovered()):
+        assert old is None or torch.equal(old, new)
+    assert torch.equal(first_logits, model(**inputs).logits)
+
+
+def test_from_pretrained_takes_hyperparameters(repo_folder):
+    model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder, lof_threshold=1.75, compress=False)
+    assert model.config.lof_threshold == 1.75 and model.config.compress is False
