@@ -1,0 +1,71 @@
+"""`python -m demo`: a LLaVA answers questions about a picture, with all of its visual tokens and with few of them.
+
+Loads the checkpoint as any user would, with `pipeline(..., trust_remote_code=True)`, prints what each answer took, and
+draws which patches each question kept.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from PIL import Image
+from transformers import pipeline
+from transformers.utils import logging
+
+from demo.scene import ANSWERS, PICTURE
+from recoverable_llava.visualize import draw_questions
+
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--model", default=str(CHECKPOINT), help="folder or Hub repo (default: %(default)s)")
+    parser.add_argument("--image", default=str(PICTURE), help="picture to ask about (default: %(default)s)")
+    parser.add_argument("--question", action="append", help="question to ask; may be given several times")
+    parser.add_argument("--output", default="output/demo.png", help="picture to draw (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    answerer = pipeline("image-text-to-text", model=arguments.model, trust_remote_code=True)
+    picture = Image.open(arguments.image).convert("RGB")
+    print(f"Model: {arguments.model}\nPicture: {arguments.image}\n")
+
+    recoveries, answers = {}, {}
+    answerer(text=[{"role": "user", "content": [{"type": "text", "text": "warm-up"}]}], max_new_tokens=1)
+    for question in arguments.question or ANSWERS:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        said = {}
+        for compress in (True, False):
+            answerer.model.config.compress = compress
+            started = time.perf_counter()
+            reply = answerer(text=messages, max_new_tokens=16, do_sample=False, return_full_text=False)
+            said[compress] = reply[0]["generated_text"].strip(), time.perf_counter() - started
+        answerer.model.config.compress = True
+        inputs = answerer.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        recovery = answerer.model.recover_tokens(**inputs.to(answerer.model.device, dtype=answerer.model.dtype))
+        recoveries[question], answers[question] = recovery, said[True][0]
+
+        selection = recovery.selection
+        total, kept = selection.kept_by_vision.shape[1], int(selection.num_tokens)
+        print(question)
+        if not arguments.question and arguments.image == str(PICTURE):
+            print(f"  to be seen     {ANSWERS[question]}")
+        print(f"  {total:3} tokens     {said[False][0]}  ({said[False][1]:.2f} s)")
+        print(
+            f"  {kept:3} tokens     {said[True][0]}  ({said[True][1]:.2f} s; {int(selection.num_visual)} kept by "
+            f"vision, {int(selection.num_text)} recovered for the question, {int(selection.num_merged)} merged)"
+        )
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_questions(picture, dict(list(recoveries.items())[:3]), answers=answers).save(output)
+    print(f"\nWhich patches stayed: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Which patches a question keeps, in numbers and as a picture: recovery.png. The language model does not run."""
+
+import sys
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from recoverable_llava.visualize import draw_questions
+
+
+repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"
+model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+image = Image.open("demo/scene.png")
+
+recoveries = {}
+for question in ("What word is under the lemon?", "Where is the cactus?"):
+    inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+    recoveries[question] = model.recover_tokens(**inputs.to(model.device, dtype=model.dtype))
+    selection = recoveries[question].selection
+    print(
+        f"{question} {int(selection.num_tokens)} of {selection.kept_by_vision.shape[1]} visual tokens: "
+        f"{int(selection.num_visual)} kept by vision, {int(selection.num_text)} recovered for the question, "
+        f"{int(selection.num_merged)} merged"
+    )
+draw_questions(image, recoveries).save("recovery.png")

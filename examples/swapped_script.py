@@ -1,0 +1,17 @@
+"""The script of `stock_script.py` with compression: two lines differ. Name a repo that has it."""
+
+import sys
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+repo = sys.argv[1]
+model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+image = Image.open("demo/scene.png")
+prompt = "USER: <image>\nWhat word is under the lemon? ASSISTANT:"
+inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, dtype=model.dtype)
+answer = model.generate(**inputs, max_new_tokens=16)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answer, skip_special_tokens=True)[0])

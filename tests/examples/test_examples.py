@@ -1,0 +1,110 @@
+"""Every example runs as it stands, in a folder laid out like a clone, and does what its first lines promise."""
+
+import io
+import json
+import re
+import runpy
+import sys
+from difflib import ndiff
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def clone(tmp_path, repo_folder, monkeypatch):
+    """A folder with the demo's picture and an embedded checkpoint (a tiny one with random weights)."""
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "tiny").symlink_to(repo_folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(clone, monkeypatch, capsys):
+    def run_example(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        result = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out, result
+
+    return run_example
+
+
+def test_every_example_has_a_test():
+    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
+
+
+def test_swap_is_a_diff_of_two_lines(run, llava_folder, repo_folder):
+    stock, swapped = (
+        (EXAMPLES / name).read_text().splitlines()[1:] for name in ("stock_script.py", "swapped_script.py")
+    )
+    changed = [line for line in ndiff(stock, swapped) if line.startswith("+ ")]
+    assert len(stock) == len(swapped) and len(changed) == 2
+    run("stock_script.py", llava_folder)
+    run("swapped_script.py", repo_folder)
+
+
+def test_pipeline(run):
+    assert run("ask_with_pipeline.py")[0]
+
+
+def test_batch_folder_goes_on_after_a_stop(run, clone, pictures):
+    (clone / "pictures").mkdir()
+    for number in range(10):
+        pictures[number % 4].save(clone / "pictures" / f"{number}.png")
+    command = ["batch_folder.py", clone / "pictures", clone / "answers.jsonl", "what is it?"]
+    run(*command)
+    whole = (clone / "answers.jsonl").read_text()
+    assert [json.loads(line)["image"] for line in whole.splitlines()] == [f"{number}.png" for number in range(10)]
+    (clone / "answers.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]))
+    run(*command)
+    assert (clone / "answers.jsonl").read_text() == whole
+
+
+def test_streaming_chat(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the cactus?\nand the whale?\n\n"))
+    _, result = run("streaming_chat.py")
+    assert [message["role"] for message in result["messages"]] == ["user", "assistant"] * 2
+
+
+def test_several_turns(run):
+    out, result = run("several_turns.py")
+    assert result["first"].past_key_values.get_seq_length() < result["ids"].shape[1]
+    assert "in the cache" in out
+
+
+def test_multiple_images(run):
+    out, _ = run("multiple_images.py")
+    assert len(re.search(r"\[(.*)\]", out)[1].split(",")) == 2
+
+
+def test_many_questions_run_the_vision_tower_once(run, monkeypatch):
+    from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+    calls, forward = [], CLIPVisionModel.forward
+    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    out, _ = run("many_questions.py")
+    assert len(calls) == 1
+    assert out.count("visual tokens") == 3
+
+
+def test_inspect_recovery(run, clone):
+    out, _ = run("inspect_recovery.py")
+    assert out.count("kept by vision") == 2
+    assert Image.open(clone / "recovery.png").width > 1000
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_fine_tune_lora(run, clone):
+    _, result = run("fine_tune_lora.py")
+    assert result["losses"][-1] < 0.5 * result["losses"][0]
+    assert (clone / "output/lora/adapter/adapter_model.safetensors").exists()
+    assert not any("lora" in name for name, _ in result["merged"].named_parameters())
