@@ -12,6 +12,10 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import ProcessorMixin
 
 
+# How LLaVA-1.5 marks the user's and the assistant's turn; scripts write these by hand whatever the chat template.
+_LLAVA_TAGS = ("USER:", "ASSISTANT:")
+
+
 class RecoverableLlavaProcessor(LlavaProcessor):
     """A `LlavaProcessor` that also returns `question_input_ids` and `question_attention_mask`.
 
@@ -26,7 +30,7 @@ class RecoverableLlavaProcessor(LlavaProcessor):
             placeholders per image, and are short from the start.
 
     Raises:
-        ValueError: if `question_tokenizer` is not the one that was saved, or sets no maximum length.
+        ValueError: if `question_tokenizer` is missing, not the one that was saved, or sets no maximum length.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class RecoverableLlavaProcessor(LlavaProcessor):
         visual_token_budget: int | None = None,
         **kwargs: Any,
     ):
+        if question_tokenizer is None:
+            raise ValueError("question_tokenizer is missing: pass the tokenizer of the CLIP text tower.")
         # As LlavaProcessor.__init__, which knows two sub-processors where there are three here.
         self.patch_size = patch_size
         self.num_additional_image_tokens = num_additional_image_tokens
@@ -121,15 +127,15 @@ class RecoverableLlavaProcessor(LlavaProcessor):
 
     def find_question(self, prompt: str) -> str:
         """The question within a raw prompt: what the user says last, without image tokens."""
-        user_tag, assistant_tag = self._role_tags()
+        tags = [self._role_tags(), _LLAVA_TAGS]
+        user_tag, assistant_tag = next((pair for pair in tags if pair[0] in prompt), tags[0])
         question = prompt.rsplit(user_tag, 1)[-1].split(assistant_tag, 1)[0]
         return question.replace(self.image_token, " ").strip()
 
     def _role_tags(self) -> tuple[str, str]:
         """What stands before and after a user's text, as the chat template writes it; LLaVA-1.5's without one."""
-        template = self.chat_template
-        if template is None:
-            return "USER:", "ASSISTANT:"
+        if self.chat_template is None:
+            return _LLAVA_TAGS
         marks = ["\x00first\x00", "\x00answer\x00", "\x00second\x00"]
         messages = [
             {"role": role, "content": [{"type": "text", "text": mark}]}
@@ -142,7 +148,7 @@ class RecoverableLlavaProcessor(LlavaProcessor):
         # What is common to both turns is the tag; the rest is a system prompt or the end of the answer.
         user_tag = commonprefix([before_first[::-1], before_second[::-1]])[::-1].strip()
         assistant_tag = commonprefix([after_first, after_second]).strip()
-        return user_tag or "USER:", assistant_tag or "ASSISTANT:"
+        return user_tag or _LLAVA_TAGS[0], assistant_tag or _LLAVA_TAGS[1]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         if self.visual_token_budget is not None:

@@ -498,8 +498,8 @@ def test_no_question_is_as_no_relevance():
 
 def test_all_patches_kept():
     visual, text, keys = scene(9)
-    for settings in ({"min_visual_tokens": 60}, {"min_visual_tokens": 1000}):
-        selection, _, weights = recover(visual, keys, text, **settings)
+    for limits in ({"min_visual_tokens": 60}, {"min_visual_tokens": 1000}):
+        selection, _, weights = recover(visual, keys, text, **limits)
         assert selection.kept_by_vision.all() and (selection.num_tokens == 60).all()
         assert torch.equal(weights, torch.eye(60).expand(4, -1, -1))
     # A budget of all patches leaves none to merge with: every token is a patch, though not by the same step.
@@ -512,8 +512,8 @@ def test_no_valid_patch_is_no_token():
     valid = torch.ones_like(visual, dtype=torch.bool)
     valid[1] = False
     valid[2, 3:] = False
-    for settings in ({}, {"visual_token_budget": 10}, {"min_visual_tokens": 10}, {"max_visual_tokens": 10}):
-        selection, assembly, weights = recover(visual, keys, text, valid=valid, **settings)
+    for limits in ({}, {"visual_token_budget": 10}, {"min_visual_tokens": 10}, {"max_visual_tokens": 10}):
+        selection, assembly, weights = recover(visual, keys, text, valid=valid, **limits)
         assert selection.num_tokens[1] == 0 and not assembly.token_mask[1].any() and not weights[1].any()
         assert 1 <= selection.num_tokens[2] <= 3
         assert not (weights[2, :, 3:] > 0).any()
