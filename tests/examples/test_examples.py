@@ -4,7 +4,10 @@ import io
 import json
 import re
 import runpy
+import socket
+import subprocess
 import sys
+import time
 from difflib import ndiff
 from pathlib import Path
 
@@ -108,3 +111,34 @@ def test_fine_tune_lora(run, clone):
     assert result["losses"][-1] < 0.5 * result["losses"][0]
     assert (clone / "output/lora/adapter/adapter_model.safetensors").exists()
     assert not any("lora" in name for name, _ in result["merged"].named_parameters())
+
+
+def test_load_quantised(run, capfd):
+    pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
+    _, result = run("load_quantised.py", ROOT / "checkpoints" / "tiny")
+    kinds = {name: type(module).__name__ for name, module in result["model"].named_modules()}
+    quantised = [name for name, kind in kinds.items() if kind == "Linear4bit"]
+    assert quantised and all("language_model" in name or "multi_modal_projector" in name for name in quantised)
+
+
+def test_ask_a_server(run, clone):
+    pytest.importorskip("openai", reason='needs pip install "transformers[serving]"')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = clone / "server.log"
+    command = [Path(sys.executable).parent / "transformers", "serve", "checkpoints/tiny", "--trust-remote-code"]
+    with log.open("w") as file:
+        server = subprocess.Popen([*command, "--port", str(port), "--host", "127.0.0.1"], stdout=file, stderr=file)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, log.read_text()
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        run("ask_a_server.py", "checkpoints/tiny", f"http://127.0.0.1:{port}/v1")
+    finally:
+        server.terminate()
+        server.wait(20)
+    assert 'POST /v1/chat/completions HTTP/1.1" 200' in log.read_text()
