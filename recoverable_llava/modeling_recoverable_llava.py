@@ -271,15 +271,15 @@ class RecoverableLlavaModel(LlavaModel):
         question_attention_mask: torch.Tensor | None,
         question_embeds: torch.Tensor | None,
     ) -> "_Question | None":
+        self._check_question_rows(
+            num_rows,
+            question_input_ids=question_input_ids,
+            question_attention_mask=question_attention_mask,
+            question_embeds=question_embeds,
+        )
         rows = question_embeds if question_embeds is not None else question_input_ids
         if rows is None:
             return None
-        if len(rows) != num_rows:
-            name = "question_embeds" if question_embeds is not None else "question_input_ids"
-            raise ValueError(
-                f"{name} has {len(rows)} rows, but there are {num_rows} rows to guide: pass one question per prompt "
-                "(get_image_features: one per image)."
-            )
         if question_embeds is None:
             question_embeds = self.get_question_embeds(rows)
         if question_attention_mask is None:
@@ -287,6 +287,15 @@ class RecoverableLlavaModel(LlavaModel):
         else:
             present = question_attention_mask.bool().any(1)
         return _Question(nn.functional.normalize(question_embeds.float(), dim=-1), present)
+
+    @staticmethod
+    def _check_question_rows(num_rows: int, **question_inputs: torch.Tensor | None) -> None:
+        for name, rows in question_inputs.items():
+            if rows is not None and len(rows) != num_rows:
+                raise ValueError(
+                    f"{name} has {len(rows)} rows, but there are {num_rows} rows to guide: pass one question per "
+                    "prompt (get_image_features: one per image)."
+                )
 
     def _placeholders_per_image(self, vision_feature_select_strategy: str | None = None) -> int:
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -331,6 +340,56 @@ class RecoverableLlavaModel(LlavaModel):
             selection = self._select_tokens(vision, text_scores, has_question)
             assembly = self._assemble_tokens(selection, vision, text_scores, has_question, num_tokens, num_tokens)
         return self._project_tokens(vision, assembly)
+
+    def is_short_prompt(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        vision_features: VisionFeatures | None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> bool:
+        """Whether the prompts carry `visual_token_budget` placeholders per image, so that nothing is left to drop."""
+        images = vision_features.patches if vision_features is not None else pixel_values
+        if images is None or not self.config.compress or self.config.visual_token_budget is None:
+            return False
+        per_image = self._placeholders_per_image(vision_feature_select_strategy)
+        return self._num_placeholders(input_ids, len(images), per_image) == self.config.visual_token_budget
+
+    def embed_short_prompt(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        vision_features: VisionFeatures | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **question_inputs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, L, D] visual tokens at the placeholders of a prompt that is short already, zero where there is text.
+
+        Static shapes from end to end, nothing is copied to the host. The towers, the recovery and the projector run as
+        one call of `get_image_features`, which may be a compiled one.
+        """
+        images: Any = vision_features.patches if vision_features is not None else pixel_values
+        budget: Any = self.config.visual_token_budget
+        placeholders = locate_placeholders(input_ids, self.config.image_token_id, budget, len(images))
+        self._check_question_rows(len(input_ids), **question_inputs)
+        if vision_features is None:
+            of_image = {
+                name: None if rows is None else rows[placeholders.row_of_image.to(rows.device)]
+                for name, rows in question_inputs.items()
+            }
+            features: Any = self.get_image_features(
+                pixel_values=images,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **of_image,
+            )
+            tokens = torch.stack(list(features.pooler_output))
+        else:
+            question = self._read_question(len(input_ids), **question_inputs)
+            tokens = self._budget_tokens(vision_features, question, placeholders.row_of_image)
+        short = unshortened_prompt(input_ids, None, None)
+        return place_tokens(tokens.to(input_ids.device), placeholders, short)
 
     def compress_prompt(
         self,
@@ -475,6 +534,20 @@ class RecoverableLlavaModel(LlavaModel):
         """
         history = getattr(past_key_values, HISTORY, None)
         has_images = pixel_values is not None or vision_features is not None
+        if visual_embeds is None and history is None and input_ids is not None:
+            strategy = vision_feature_select_strategy
+            if self.is_short_prompt(input_ids, pixel_values, vision_features, strategy):
+                self.config.validate_recovery()
+                visual_embeds = self.embed_short_prompt(
+                    input_ids,
+                    pixel_values,
+                    vision_features,
+                    vision_feature_layer,
+                    strategy,
+                    question_input_ids=question_input_ids,
+                    question_attention_mask=question_attention_mask,
+                    question_embeds=question_embeds,
+                )
         if visual_embeds is not None:
             text_embeds = self.get_input_embeddings()(input_ids)
             is_visual = (input_ids == self.config.image_token_id)[:, :, None]
@@ -552,8 +625,7 @@ class RecoverableLlavaModel(LlavaModel):
         if outputs.past_key_values is not None:
             original_mask = torch.ones_like(short.spread) if new_mask is None else new_mask.long()
             past = history or empty_history(original_mask)
-            extended = past.extended(ids, original_mask, short.input_ids, short.attention_mask)
-            setattr(outputs.past_key_values, HISTORY, extended)
+            past.extended(ids, original_mask, short.input_ids, short.attention_mask).attach(outputs.past_key_values)
         if short.input_ids.shape[1] != tokens.shape[1]:
             outputs.last_hidden_state = spread_over_original(outputs.last_hidden_state, short)
             if outputs.hidden_states is not None:
@@ -729,8 +801,31 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 **kwargs,
             )
 
-        kwargs.pop("input_ids", None)
         self.config.validate_recovery()
+        kwargs.pop("input_ids", None)
+        question_names = ("question_input_ids", "question_attention_mask", "question_embeds")
+        vision_names = ("vision_feature_layer", "vision_feature_select_strategy")
+        is_new = cache is None or int(cache.get_seq_length()) == 0
+        if is_new and self.model.is_short_prompt(
+            input_ids, kwargs.get("pixel_values"), kwargs.get("vision_features"), kwargs.get(vision_names[1])
+        ):
+            visual_embeds = self.model.embed_short_prompt(
+                input_ids,
+                kwargs.pop("pixel_values", None),
+                kwargs.pop("vision_features", None),
+                **{name: kwargs.pop(name, None) for name in (*vision_names, *question_names)},
+            )
+            return super().generate(
+                input_ids,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                streamer=streamer,
+                visual_embeds=visual_embeds,
+                **kwargs,
+            )
+
         prompt = self._compress_for_generation(input_ids, cache, history, kwargs)
         generation_config, kwargs = self._count_original_length(prompt, generation_config, kwargs)
         if streamer is not None:

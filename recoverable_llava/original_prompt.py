@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .prompt_shortening import HISTORY, CompressedHistory
+from .prompt_shortening import CompressedHistory
 
 
 @dataclass
@@ -38,7 +38,7 @@ class GenerationPrompt:
         present = torch.ones_like(answer)
         history = self.history.repeated(len(sequences) // len(self.given_ids))
         history = history.extended(answer, present, answer, present)
-        setattr(cache, HISTORY, history.cropped(int(cache.get_seq_length())))
+        history.cropped(int(cache.get_seq_length())).attach(cache)
 
     @staticmethod
     def _num_cached_rows(cache: Cache) -> int:

@@ -9,6 +9,7 @@ B prompts, I images, L tokens of the original prompt, S tokens of the short prom
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -163,6 +164,11 @@ class CompressedHistory:
             short_attention_mask=torch.cat([self.short_attention_mask, short_mask], dim=1),
             irreducible_length=short_input_ids.shape[1] if is_compressed else self.irreducible_length,
         )
+
+    def attach(self, cache: Any) -> None:
+        """Let the cache carry this history, if anything was dropped; otherwise both numberings are the cache's own."""
+        if self.irreducible_length:
+            setattr(cache, HISTORY, self)
 
     def repeated(self, repeats: int) -> "CompressedHistory":
         """The history of a cache in which every row stands `repeats` times in a row."""

@@ -585,6 +585,22 @@ def test_fixed_budget_on_the_stock_road(model, processor, pictures):
     assert torch.allclose(logits[valid], expected[valid], atol=1e-4)
 
 
+def test_short_prompts_leave_a_plain_cache(model, processor, pictures):
+    """Nothing is dropped on this road, so a decode loop by hand needs no translation."""
+    model.config.visual_token_budget = processor.visual_token_budget = 9
+    model.generation_config.eos_token_id = None
+    inputs = batch_of(processor, pictures)
+    expected = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    outputs, answer, mask = model(**inputs), [], inputs["attention_mask"]
+    assert not hasattr(outputs.past_key_values, "compressed_history")
+    assert outputs.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    for _ in range(6):
+        answer.append(outputs.logits[:, -1:].argmax(-1))
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        outputs = model(input_ids=answer[-1], past_key_values=outputs.past_key_values, attention_mask=mask)
+    assert torch.equal(torch.cat(answer, dim=1), expected)
+
+
 def test_placeholders_that_fit_neither_road(model, processor, pictures):
     inputs = batch_of(processor, pictures)
     model.config.visual_token_budget = 9
