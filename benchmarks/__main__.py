@@ -1,0 +1,107 @@
+"""`python -m benchmarks --out DIR`: every figure of docs/performance.md, in one run on one GPU.
+
+Writes rows.jsonl as it goes, then results.json, results.csv, table.md and table.png.
+"""
+
+import argparse
+import json
+import platform
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from . import plan
+from .measure import release
+from .models import SHAPES, build
+from .report import write_report
+
+
+def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_compile: bool) -> list[tuple]:
+    """(name, seconds that it takes on an H100, generator of rows), most important first."""
+    if not thorough:
+        return [
+            ("eager", 20, partial(plan.eager, bench, batch_sizes[::-1])),
+            ("captured", 25, partial(plan.captured, bench, batch_sizes[::-1])),
+            ("largest batch", 20, partial(plan.largest_batch, bench)),
+        ]
+    listed = [
+        ("selector", 3, partial(plan.selector, bench, batch_sizes)),
+        ("eager", 25, partial(plan.eager, bench, batch_sizes[::-1])),
+        ("captured", 25, partial(plan.captured, bench, batch_sizes[::-1])),
+        ("released step", 3, partial(plan.released_step, bench)),
+        ("even batch", 4, partial(plan.even_batch, bench, batch_sizes)),
+        ("towers", 4, partial(plan.towers, bench, batch_sizes)),
+        ("largest batch", 20, partial(plan.largest_batch, bench)),
+        ("same question", 4, partial(plan.same_question, bench, batch_sizes)),
+        ("selector growth", 4, partial(plan.selector_growth, bench, batch_sizes)),
+        ("answers", 40, partial(plan.answers, bench, batch_sizes[::-1])),
+    ]
+    if with_compile:
+        listed.append(("compiled", 80, partial(plan.compiled, bench, batch_sizes[-1:])))
+        listed.append(("compiled, small batch", 80, partial(plan.compiled, bench, batch_sizes[:1])))
+    return listed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("output/benchmarks"))
+    parser.add_argument("--shapes", nargs="+", default=["7B", "13B"], choices=list(SHAPES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--budget", type=int, default=64, help="visual tokens of the fixed mode")
+    parser.add_argument("--minutes", type=float, default=60.0, help="leave out what no longer fits")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes a minute a shape")
+    arguments = parser.parse_args()
+
+    started = time.monotonic()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    facts = {
+        "device": torch.cuda.get_device_name() if has_gpu else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "date": time.strftime("%Y-%m-%d"),
+        "budget": arguments.budget,
+        "repeats": arguments.repeats,
+        "left_out": [],
+    }
+    rows: list[plan.Row] = []
+    with torch.no_grad(), (arguments.out / "rows.jsonl").open("w") as log:
+        for index, name in enumerate(arguments.shapes):
+            elapsed = time.monotonic() - started
+            if index and elapsed > 60 * arguments.minutes - 15:
+                facts["left_out"].append(name)
+                continue
+            models = build(SHAPES[name], device, dtype)
+            bench = plan.Bench(SHAPES[name], models, device, dtype, arguments.budget, arguments.repeats)
+            print(f"{name} built after {time.monotonic() - started:.0f} s", flush=True)
+            listed = steps(bench, tuple(arguments.batch_sizes), index == 0, arguments.compile)
+            for title, estimate, generator in listed:
+                begin = time.monotonic()
+                if begin - started + (estimate if has_gpu else 0) > 60 * arguments.minutes:
+                    facts["left_out"].append(f"{name}: {title}")
+                    continue
+                try:
+                    for row in generator():
+                        rows.append(row)
+                        log.write(json.dumps(row) + "\n")
+                        log.flush()
+                except Exception:  # a step that fails must not take the others with it
+                    facts["left_out"].append(f"{name}: {title} failed: {traceback.format_exc(limit=-3)}")
+                    print(traceback.format_exc(), flush=True)
+                release()
+                print(f"{name} {title}: {time.monotonic() - begin:.1f} s", flush=True)
+            del models, bench, listed
+            release()
+    write_report(arguments.out, rows, facts)
+
+
+if __name__ == "__main__":
+    main()
