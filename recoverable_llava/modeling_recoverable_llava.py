@@ -310,7 +310,8 @@ class RecoverableLlavaModel(LlavaModel):
         budget = self.config.visual_token_budget
         if budget is None or not self.config.compress:
             return per_image
-        is_too_short = input_ids.device.type != "cpu" and input_ids.shape[1] < per_image
+        has_room = input_ids.shape[1] >= per_image and input_ids.numel() >= num_images * per_image
+        is_too_short = input_ids.device.type != "cpu" and not has_room
         if budget == per_image or is_too_short or torch.compiler.is_compiling():
             return budget
         count = int((input_ids == self.config.image_token_id).sum())

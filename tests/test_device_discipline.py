@@ -1,0 +1,229 @@
+"""How often the host waits for the device: one number per batch in adaptive mode, never with a fixed budget.
+
+On the CPU by structure (every operation that would wait is counted, and the meta device has no values to wait for at
+all), on a GPU by CUDA's own check.
+"""
+
+import pytest
+import torch
+from oracles import HostReads
+
+
+BUDGET = 7
+
+
+@pytest.fixture
+def inputs(processor, pictures):
+    text = ["USER: <image> and <image>\nwhat is it ? ASSISTANT:", "USER: <image>\nhow many dog ? ASSISTANT:"]
+    return processor(images=[pictures[:2], pictures[2:3]], text=text, padding=True, return_tensors="pt")
+
+
+@pytest.fixture
+def short_inputs(processor, pictures):
+    processor.visual_token_budget = BUDGET
+    text = ["USER: <image>\nwhat ? ASSISTANT:", "USER: <image>\nhow many ? ASSISTANT:"]
+    return processor(images=[[pictures[0]], [pictures[1]]], text=text, padding=True, return_tensors="pt")
+
+
+QUESTION = ("question_input_ids", "question_attention_mask")
+
+
+def question_of(model, inputs):
+    return model.model._read_question(len(inputs["input_ids"]), *(inputs[name] for name in QUESTION), None)
+
+
+def test_the_counter_counts():
+    values = torch.tensor([1.0, 0.0, 2.0])
+    reads = {
+        "_local_scalar_dense": lambda: float(values[0]),
+        "tolist": lambda: values.tolist(),
+        "nonzero": lambda: values.nonzero(),
+        "index by a mask": lambda: values[values > 0],
+        "masked_select": lambda: values.masked_select(values > 0),
+        "repeat_interleave": lambda: values.repeat_interleave(torch.tensor([1, 2, 3])),
+        "equal": lambda: torch.equal(values, values),
+    }
+    for name, read in reads.items():
+        with HostReads() as host:
+            read()
+        assert host.names and host.names[0] == name, (name, host.names)
+    with HostReads() as host:
+        if (values > 0).any():
+            pass
+        torch.where(values > 0, values, 0).sort()
+        values[torch.tensor([0, 1])].repeat_interleave(2)
+    assert host.names == ["_local_scalar_dense"]
+
+
+# ------------------------------------------------------------------------------------------------------- adaptive mode
+
+
+@pytest.mark.parametrize("has_question", [True, False])
+def test_adaptive_compression_reads_once_per_batch(model, inputs, has_question):
+    with HostReads() as host:
+        vision = model.get_vision_features(inputs["pixel_values"])
+    assert host.names == []
+    with HostReads() as host:
+        question = question_of(model, inputs) if has_question else None
+    assert host.names == []
+    with HostReads() as host:
+        short, _ = model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+    assert host.names == ["tolist"]
+    assert short.input_ids.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_adaptive_forward_reads_once_more_than_its_language_model(model, inputs):
+    model.eval()
+    seen = []
+    language_model = model.model.language_model
+    language_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with HostReads() as host:
+        model(**inputs)
+    arguments = {name: seen[0][name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+    with HostReads() as of_language_model:
+        language_model(**arguments, use_cache=True)
+    assert len(host.names) == len(of_language_model.names) + 1
+
+
+# --------------------------------------------------------------------------------------------------------- fixed budget
+
+
+def test_fixed_budget_image_features_read_nothing(model, inputs):
+    model.config.visual_token_budget = BUDGET
+    questions = {name: inputs[name][[0, 0, 1]] for name in QUESTION}
+    with HostReads() as host:
+        features = model.get_image_features(inputs["pixel_values"], **questions).pooler_output
+    assert host.names == [] and len(features) == 3 and features[0].shape[0] == BUDGET
+
+
+def on_meta(model, inputs):
+    """Tensors without values: any operation that needs one is an error."""
+    return model.to("meta"), {name: value.to("meta") for name, value in inputs.items()}
+
+
+def test_fixed_budget_needs_no_values(model, short_inputs):
+    model.config.visual_token_budget = BUDGET
+    model, inputs = on_meta(model, short_inputs)
+    with pytest.raises(RuntimeError):
+        inputs["input_ids"].sum().item()
+    questions = {name: inputs[name] for name in QUESTION}
+    features = model.get_image_features(inputs["pixel_values"], **questions).pooler_output
+    assert [tuple(feature.shape) for feature in features] == [(BUDGET, 32)] * 2
+    assert model.get_image_features(inputs["pixel_values"]).pooler_output[0].shape == (BUDGET, 32)
+    vision = model.get_vision_features(inputs["pixel_values"])
+    question = question_of(model, inputs)
+    short, embeds = model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+    assert short.input_ids.shape == inputs["input_ids"].shape and embeds.shape == (*short.input_ids.shape, 32)
+
+
+def test_fixed_budget_of_many_images_needs_no_values(model, processor, pictures):
+    """A prompt that is longer than one image's patches, but too short for all of its images'."""
+    model.config.visual_token_budget = processor.visual_token_budget = BUDGET
+    prompt = f"USER: {'<image>' * 8}\nwhy ? ASSISTANT:"
+    inputs = processor(images=[pictures * 2], text=[prompt], return_tensors="pt")
+    assert inputs["input_ids"].shape[1] > model.config.num_patches
+    model, inputs = on_meta(model, inputs)
+    vision = model.get_vision_features(inputs["pixel_values"])
+    short, _ = model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs))
+    assert short.input_ids.shape == inputs["input_ids"].shape
+
+
+def test_adaptive_mode_needs_a_value(model, inputs):
+    """What makes the tests above say something: without a budget there is no way around one number."""
+    model, inputs = on_meta(model, inputs)
+    vision = model.get_vision_features(inputs["pixel_values"])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs))
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.slow
+def test_fixed_budget_compiles_in_one_graph(model, short_inputs):
+    model.config.visual_token_budget = BUDGET
+    model.eval()
+    with torch.no_grad():
+        expected = model(**short_inputs, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        logits = compiled(**short_inputs, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        # Other values, the same graph.
+        pixels = short_inputs["pixel_values"].flip(0)
+        ids = short_inputs["question_input_ids"].flip(0)
+        others = {**short_inputs, "pixel_values": pixels, "question_input_ids": ids}
+        with torch.compiler.set_stance("fail_on_recompile"):
+            logits = compiled(**others, use_cache=False).logits
+        torch.testing.assert_close(logits, model(**others, use_cache=False).logits, rtol=0, atol=1e-5)
+        assert not torch.allclose(logits, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_fixed_budget_image_features_compile_in_one_graph(model, short_inputs):
+    model.config.visual_token_budget = BUDGET
+    model.eval()
+    questions = {name: short_inputs[name] for name in QUESTION}
+
+    def features(pixel_values):
+        return torch.stack(model.model.get_image_features(pixel_values, **questions).pooler_output)
+
+    with torch.no_grad():
+        # transformers installs its hooks on the first call, under a lock that cannot be compiled (stock's too).
+        expected = features(short_inputs["pixel_values"])
+        torch._dynamo.reset()
+        compiled = torch.compile(features, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(short_inputs["pixel_values"]), expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def sync_is_an_error():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_fixed_budget_never_waits_on_a_gpu(model, short_inputs, sync_is_an_error):
+    torch.cuda.set_sync_debug_mode("default")
+    model.config.visual_token_budget = BUDGET
+    model = model.to("cuda").eval()
+    inputs = {name: value.to("cuda") for name, value in short_inputs.items()}
+    questions = {name: inputs[name] for name in QUESTION}
+    with torch.no_grad():
+        model.get_image_features(inputs["pixel_values"], **questions)  # first use of the libraries synchronises
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        model.get_image_features(inputs["pixel_values"], **questions)
+        vision = model.get_vision_features(inputs["pixel_values"])
+        model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs), inputs["attention_mask"])
+
+
+@pytest.mark.gpu
+def test_adaptive_mode_waits_once_on_a_gpu(model, inputs, sync_is_an_error, monkeypatch):
+    torch.cuda.set_sync_debug_mode("default")
+    model = model.to("cuda").eval()
+    inputs = {name: value.to("cuda") for name, value in inputs.items()}
+    question = question_of(model, inputs)
+    count, tolist = [], torch.Tensor.tolist
+
+    def the_one_copy(tensor):
+        count.append(tensor.numel())
+        torch.cuda.set_sync_debug_mode("default")
+        values = tolist(tensor)
+        torch.cuda.set_sync_debug_mode("error")
+        return values
+
+    with torch.no_grad():
+        vision = model.get_vision_features(inputs["pixel_values"])
+        model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+        monkeypatch.setattr(torch.Tensor, "tolist", the_one_copy)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        vision = model.get_vision_features(inputs["pixel_values"])
+        model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+    assert len(count) == 1
