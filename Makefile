@@ -5,7 +5,7 @@ LOWEST_VENV ?= $(VENV)-lowest
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo app test test-lowest quick quality bench docs clean
+.PHONY: demo app test test-lowest quick quality bench docs pictures clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=2 $(PYTHON) -m demo
@@ -33,6 +33,10 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed-app
 	$(PYTHON) -m mkdocs build --strict
+
+# The pictures in README and docs, from the embedded checkpoint.
+pictures: $(VENV)/.installed
+	$(PYTHON) docs/scripts/pictures.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
