@@ -90,7 +90,7 @@ def test_an_incomplete_checkpoint_is_refused(llava_folder, clip_folder, tmp_path
     broken = tmp_path / "broken"
     shutil.copytree(folders[part], broken)
     state = load_file(broken / "model.safetensors")
-    lost = next(name for name in state if name.endswith("mlp.fc1.weight") or name.endswith("q_proj.weight"))
+    lost = next(name for name in state if name.endswith(("mlp.fc1.weight", "q_proj.weight")))
     del state[lost]
     save_file({**state, "something.else": torch.zeros(2)}, broken / "model.safetensors", metadata={"format": "pt"})
     folders[part] = str(broken)
@@ -110,7 +110,7 @@ def test_other_language_models(clip_folder, tmp_path, pictures, language_model):
     assert torch.equal(model(**inputs).logits, stock(**plain).logits)
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 CLASSES = [
@@ -142,8 +142,7 @@ def test_no_weight_of_a_repo_is_random(repo_folder):
     assert states_equal(first, RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder).state_dict())
 
 
-# How weights are named in files: as this transformers writes them, and as older ones did. `llava-hf/llava-1.5-7b-hf` has
-# the last layout.
+# How weights are named in files, now and by older transformers; `llava-hf/llava-1.5-7b-hf` has the last layout.
 LAYOUTS = {
     "flat towers": {},
     "nested towers": {r"^(model\.)?vision_tower\.": r"\1vision_tower.vision_model."},
