@@ -151,6 +151,8 @@ def _fill(
         read_json(base_source.folder / CONFIG), read_json(clip_source.folder / CONFIG), recovery
     )
     base, clip = read_checkpoint(base_source.folder), read_checkpoint(clip_source.folder)
+    base_sha256 = checked_sha256(base_source, base.shards)
+    checked_sha256(clip_source, clip.shards if clip_source.hub_sha256 else [])
     differs = check_vision_tower(base, clip, accept_different_vision_tower)
     extra = extra_tensors(clip, checked)
     shards = {shard: BASE_SHARD if shard == WEIGHTS else shard for shard in base.shards}
@@ -169,8 +171,8 @@ def _fill(
     for name in code:
         shutil.copyfile(package_folder() / name, folder / name)
     (folder / PAGE).write_text(remote_code_page(folder), encoding="utf-8")
-    files = files_sha256(folder, [*shards.values(), EXTRA_SHARD, INDEX, *code], "Hashing files")
-    _check_against_hub(base_source, {shard: files[name] for shard, name in shards.items()})
+    files = files_sha256(folder, [EXTRA_SHARD, INDEX, *code], "Hashing files")
+    files |= {name: base_sha256[shard] for shard, name in shards.items()}
     provenance = {
         "base": base_source.provenance(),
         "base_shards": {name: shard for shard, name in shards.items()},
@@ -185,13 +187,16 @@ def _fill(
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def _check_against_hub(source: Source, sha256: dict[str, str]) -> None:
-    damaged = sorted(name for name, digest in sha256.items() if source.hub_sha256.get(name, digest) != digest)
+def checked_sha256(source: Source, shards: list[str]) -> dict[str, str]:
+    """SHA-256 of the source's shards; a download that differs from the Hub is refused before its weights are judged."""
+    actual = files_sha256(source.folder, shards, f"Hashing {source.name}")
+    damaged = sorted(name for name, digest in actual.items() if source.hub_sha256.get(name, digest) != digest)
     if damaged:
         raise ValueError(
             f"{', '.join(damaged)} of {source.name} in the local cache differs from the Hub: it is damaged. Delete "
             f"{source.folder} and run the command again"
         )
+    return actual
 
 
 # ------------------------------------------------------------------------------------------------------- folder

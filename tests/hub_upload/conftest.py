@@ -2,21 +2,17 @@
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
+from command_line import run_hub_upload
 from layouts import save_layout
 from loopback_hub import LoopbackHub
 
 from hub_upload.build import build
-
-
-ROOT = Path(__file__).parents[2]
-BASE_ID, CLIP_ID, REPO_ID = "maker/llava-tiny", "maker/clip-tiny", "writer/llava-tiny-compressed"
 
 
 @pytest.fixture(scope="session")
@@ -48,21 +44,6 @@ def built(tmp_path, built_once) -> Path:
 def hub():
     with LoopbackHub() as running:
         yield running
-
-
-def run_hub_upload(
-    hub: LoopbackHub, folder: Path, *arguments: object, token: str | None = "hf_writer", **environment: str
-) -> subprocess.CompletedProcess:
-    """`python -m hub_upload ...` as a user runs it in `folder`, against the Hub on loopback."""
-    return subprocess.run(
-        [sys.executable, "-m", "hub_upload", *map(str, arguments)],
-        env={**hub.environment(folder / "home", token), "PYTHONPATH": str(ROOT), **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 @pytest.fixture

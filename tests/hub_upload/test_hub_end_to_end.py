@@ -1,4 +1,4 @@
-"""What users of a published repository do, in processes of their own, against a Hub on loopback: load, pin, ask, push."""
+"""What users of a published repository do, in processes of their own: load, pin, ask, push, all against loopback."""
 
 import json
 import subprocess
@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO_ID, run_hub_upload
+import tiny
+from command_line import REPO_ID, run_hub_upload
 from loopback_hub import LoopbackHub
 
-import tiny
 from hub_upload.build import build
 
 
@@ -36,7 +36,8 @@ def load(repo=REPO, model_class=AutoModelForImageTextToText, **where):
 
 def inputs_of(repo=REPO, **where):
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True, **where)
-    return processor(images=IMAGE, text=processor.apply_chat_template(CHAT, add_generation_prompt=True), return_tensors="pt")
+    prompt = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+    return processor(images=IMAGE, text=prompt, return_tensors="pt")
 
 def answer(model, inputs):
     with torch.no_grad():
@@ -63,7 +64,8 @@ assert AutoConfig.from_pretrained(REPO, trust_remote_code=True).model_type == "r
 from transformers import pipeline
 ask = pipeline(model=REPO, trust_remote_code=True)  # no task: the card's pipeline_tag says it
 chat = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, CHAT[0]["content"][1]]}]
-said = ask(text=chat, max_new_tokens=6, return_full_text=False, generate_kwargs={"min_new_tokens": 6, "do_sample": False})
+settings = {"min_new_tokens": 6, "do_sample": False}
+said = ask(text=chat, max_new_tokens=6, return_full_text=False, generate_kwargs=settings)
 processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
 ANSWERS["pipeline agrees"] = said[0]["generated_text"] == processor.decode(ANSWERS["answer"], skip_special_tokens=True)
 
@@ -81,7 +83,8 @@ ANSWERS["changed"] = answer(model, inputs)
 again = load(sys.argv[3])
 ANSWERS["changed again"] = answer(again, inputs_of(sys.argv[3]))
 ANSWERS["changed threshold"] = again.config.lof_threshold
-ANSWERS["equal weights"] = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+weights = zip(model.state_dict().values(), again.state_dict().values())
+ANSWERS["equal weights"] = all(torch.equal(ours, theirs) for ours, theirs in weights)
 print("\\n" + json.dumps(ANSWERS))
 """
 )

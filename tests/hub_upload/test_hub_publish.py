@@ -1,6 +1,7 @@
-"""hub_upload.publish against a Hub on loopback: what arrives, what is not sent twice, and every failure that it names."""
+"""hub_upload.publish against a Hub on loopback: what arrives, what is not sent twice, every failure that it names."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BASE_ID, CLIP_ID, REPO_ID, ROOT
-from loopback_hub import Blob, Fault, Repo, wait_for
-
 import tiny
+from command_line import BASE_ID, CLIP_ID, REPO_ID, ROOT, run_hub_upload
+from loopback_hub import Blob, Fault, LoopbackHub, Repo, wait_for
+
+from hub_upload.__main__ import _build_or_reuse, parser
 from hub_upload.checkpoint import read_json
 
 
@@ -115,9 +117,22 @@ def hub_with_sources(hub, base, clip):
     return hub
 
 
-def test_push_copies_the_shards_of_a_base_on_the_hub(hub_with_sources, command_line, tmp_path):
+@pytest.fixture(scope="module")
+def built_from_hub(tmp_path_factory, base, clip) -> Path:
+    """Built from sources on a Hub whose commits every other loopback Hub has, too; its cache lies beside it."""
+    folder = tmp_path_factory.mktemp("from-hub")
+    with LoopbackHub() as hub:
+        hub.add_folder(BASE_ID, base)
+        hub.add_folder(CLIP_ID, clip)
+        run = run_hub_upload(hub, folder, "build", BASE_ID, "--clip", CLIP_ID, "--output", "built", *SETTINGS)
+        assert run.returncode == 0, run.stderr
+    return folder / "built"
+
+
+def test_push_copies_the_shards_of_a_base_on_the_hub_and_leaks_no_token(hub_with_sources, command_line, tmp_path):
     hub = hub_with_sources
-    run = command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS)
+    hub.tokens[SECRET] = "writer"
+    run = command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS, token=SECRET)
     assert run.returncode == 0, run.stderr
     assert "copied on the server: 2 files" in run.stdout
     assert hub.count("PUT", "/lfs/") == 1
@@ -127,27 +142,38 @@ def test_push_copies_the_shards_of_a_base_on_the_hub(hub_with_sources, command_l
     assert provenance["base"] == {"repo_id": BASE_ID, "revision": hub.repos[BASE_ID].refs["main"]}
     card = hub.main_files(REPO_ID)["README.md"].content.decode()
     assert f"- {BASE_ID}" in card and "license: llama2" in card
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert SECRET.encode() not in path.read_bytes(), path
+    assert not any(SECRET.encode() in blob.content for blob in hub.main_files(REPO_ID).values())
+    assert SECRET not in run.stdout + run.stderr
 
     again = command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS)
     assert again.returncode == 0 and "unchanged" in again.stdout and "copied" not in again.stdout
-    other = command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS, "--lof-threshold", "2")
-    assert other.returncode == 1 and "was built from something else" in other.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", folder.name]
 
 
-@pytest.mark.parametrize("reason", ["no xet hash", "another region", "refused"])
-def test_upload_where_a_server_side_copy_is_impossible(hub_with_sources, command_line, reason):
+def test_push_never_takes_a_folder_that_was_built_from_something_else(tmp_path, base, clip, built):
+    arguments = ["push", str(base), REPO_ID, "--clip", str(clip), *SETTINGS, "--lof-threshold", "2"]
+    with pytest.raises(ValueError, match="was built from something else"):
+        _build_or_reuse(parser().parse_args(arguments), built)
+    assert [path.name for path in tmp_path.iterdir()] == [built.name]
+
+
+@pytest.mark.parametrize("reason", ["no xet hash", "another region", "refused", "base is gone"])
+def test_upload_where_a_server_side_copy_is_impossible(hub_with_sources, command_line, built_from_hub, reason):
     hub = hub_with_sources
     if reason == "no xet hash":
         hub.repos[BASE_ID].has_xet = False
     elif reason == "another region":
         hub.faults.append(Fault("POST", "/lfs-files/duplicate", 400, message="regions differ"))
-    else:
+    elif reason == "refused":
         hub.repos[BASE_ID].stored.clear()
-    run = command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS)
+    else:
+        del hub.repos[BASE_ID]
+    run = command_line("publish", built_from_hub, REPO_ID)
     assert run.returncode == 0, run.stderr
     assert hub.count("PUT", "/lfs/") == 3
-    assert set(SHARDS) <= set(hub.main_files(REPO_ID))
+    assert_published_whole(hub, built_from_hub)
 
 
 def test_revisions_of_sources_are_pinned(hub_with_sources, command_line, tmp_path):
@@ -198,20 +224,14 @@ def test_clip_without_safetensors_names_the_converted_revision(hub_with_sources,
     assert fixed.returncode == 0, fixed.stderr
 
 
-def test_damaged_download_is_found(hub_with_sources, command_line, tmp_path):
-    arguments = ["build", BASE_ID, "--clip", CLIP_ID, "--output", "out", *SETTINGS]
-    assert command_line(*arguments).returncode == 0
-    shard = tmp_path / "out" / SHARDS[0]
-    with shard.open("r+b") as file:  # a hard link: the cached file changes with it
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-    run = command_line(*[argument if argument != "out" else "out2" for argument in arguments])
+def test_damaged_download_is_found(hub_with_sources, command_line, built_from_hub, tmp_path):
+    shutil.copytree(built_from_hub.parent / "home", tmp_path / "home", symlinks=True)
+    damaged = next((tmp_path / "home").rglob(SHARDS[0])).resolve()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
+    run = command_line("build", BASE_ID, "--clip", CLIP_ID, "--output", "out", *SETTINGS)
     assert run.returncode == 1
     assert f"{SHARDS[0]} of {BASE_ID} in the local cache differs from the Hub" in run.stderr, run.stderr
-    changed = command_line("publish", "out", REPO_ID)
-    assert changed.returncode == 1 and "changed since the folder was built" in changed.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- failures
@@ -314,15 +334,6 @@ def test_token_is_hidden_even_where_the_hub_repeats_it(hub, command_line, built)
     assert SECRET not in run.stdout + run.stderr and "<token>" in run.stderr
 
 
-def test_token_is_in_no_file(hub_with_sources, command_line, tmp_path):
-    hub_with_sources.tokens[SECRET] = "writer"
-    assert command_line("push", BASE_ID, REPO_ID, "--clip", CLIP_ID, *SETTINGS, token=SECRET).returncode == 0
-    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        assert SECRET.encode() not in path.read_bytes(), path
-    for blob in hub_with_sources.main_files(REPO_ID).values():
-        assert SECRET.encode() not in blob.content
-
-
 def test_offline_and_unreachable(hub, command_line, built):
     offline = command_line("publish", built, REPO_ID, HF_HUB_OFFLINE="1")
     assert offline.returncode == 1 and "Unset HF_HUB_OFFLINE" in offline.stderr, offline.stderr
@@ -334,11 +345,13 @@ def test_offline_and_unreachable(hub, command_line, built):
         assert "Traceback" not in run.stderr
 
 
-def test_building_offline_from_the_cache(hub_with_sources, command_line):
-    arguments = ["build", BASE_ID, "--clip", CLIP_ID, *SETTINGS, "--output"]
-    assert command_line(*arguments, "online").returncode == 0
-    run = command_line(*arguments, "offline", HF_HUB_OFFLINE="1")
+def test_building_offline_from_the_cache(hub, command_line, built_from_hub, tmp_path):
+    shutil.copytree(built_from_hub.parent / "home", tmp_path / "home", symlinks=True)
+    arguments = ["build", BASE_ID, "--clip", CLIP_ID, *SETTINGS, "--output", "offline"]
+    run = command_line(*arguments, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     assert run.returncode == 0, run.stderr
+    offline, online = (read_json(path / "provenance.json") for path in (tmp_path / "offline", built_from_hub))
+    assert all(offline[name] == online[name] for name in ("base", "clip", "recovery"))
 
 
 def test_publication_killed_while_uploading_can_be_repeated(hub, command_line, built, tmp_path):

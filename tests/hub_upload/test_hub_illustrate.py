@@ -1,0 +1,34 @@
+"""The overlay picture and its counts in the card."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from hub_upload.illustrate import illustrate
+
+
+def test_card_shows_the_picture_and_what_was_counted(built, pictures, tmp_path):
+    pictures[0].save(tmp_path / "photo.png")
+    for question in ("what is the colour of the cat?", "where is the dog?"):  # a second one replaces the first
+        overlay = illustrate(built, tmp_path / "photo.png", question)
+    assert Image.open(overlay).size[0] > 100
+    card = (built / "README.md").read_text()
+    assert card.count("(recovery_overlay.png)") == 1
+    assert "where is the dog?" in card and "the colour of the cat" not in card
+    total, *counts = map(
+        int,
+        re.search(
+            r"(\d+) of 36 visual tokens remain: (\d+) kept by vision, (\d+) recovered .*, (\d+) merged", card
+        ).groups(),
+    )
+    assert total == sum(counts)
+    assert "python -m hub_upload illustrate compressed --image photo.png" in card
+    assert str(tmp_path) not in card
+
+
+def test_wrong_arguments(built, tmp_path):
+    with pytest.raises(ValueError, match="pass a folder made by"):
+        illustrate(tmp_path, tmp_path / "none.png", "what?")
+    with pytest.raises(ValueError, match="pass a picture file"):
+        illustrate(built, tmp_path / "none.png", "what?")

@@ -1,0 +1,114 @@
+"""hub_upload.verify: every kind of damage is found, and nothing damaged is executed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+from command_line import REPO_ID
+
+import hub_upload.verify as verify_module
+from hub_upload.build import EXTRA_SHARD, build
+from hub_upload.checkpoint import INDEX, file_sha256, read_json, write_json
+from hub_upload.verify import Check, table, verify
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in checks if not check.passed}
+
+
+@pytest.fixture
+def not_executed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a damaged folder was executed")
+
+    monkeypatch.setattr(verify_module, "run_fresh_process", refuse)
+
+
+def test_changed_code_is_found_and_not_executed(built, not_executed):
+    with (built / "token_recovery.py").open("a") as code:
+        code.write("import os\n")
+    checks = verify(built)
+    assert failed(checks) == {"code equals trust_remote_code.md", "loads"}
+    assert "token_recovery.py" in table(checks) and "2 of 6 checks failed" in table(checks)
+
+
+def test_unlisted_code_is_found(built, not_executed):
+    (built / "more.py").write_text("print('more')\n")
+    assert "code equals trust_remote_code.md" in failed(verify(built))
+    page = built / "trust_remote_code.md"
+    page.write_text(page.read_text().replace("  token_recovery.py", "  forgotten.py"))
+    assert "code equals trust_remote_code.md" in failed(verify(built))
+
+
+def test_missing_code_is_found(built, not_executed):
+    (built / "modeling_recoverable_llava.py").unlink()
+    assert failed(verify(built)) == {"files can be read"}
+
+
+def test_changed_weights_are_found(built, not_executed):
+    shard = built / EXTRA_SHARD
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "weights equal provenance.json" in failed(verify(built))
+
+
+def test_cut_and_missing_shards_are_found(built, not_executed):
+    shard = built / EXTRA_SHARD
+    os.truncate(shard, shard.stat().st_size - 8)
+    assert failed(verify(built)) == {"files can be read"}
+    shard.unlink()
+    assert failed(verify(built)) == {"files can be read"}
+
+
+def test_pickles_and_missing_classes_are_found(built, not_executed):
+    (built / "training_args.bin").write_bytes(b"pickle")
+    config = read_json(built / "config.json")
+    del config["auto_map"]["AutoModelForMultimodalLM"]
+    write_json(built / "config.json", config)
+    assert failed(verify(built)) == {"no pickles", "auto_map is complete", "loads"}
+
+
+def test_wrong_targets(built, tmp_path):
+    with pytest.raises(ValueError, match="belongs to a repo id"):
+        verify(built, revision="main")
+    with pytest.raises(ValueError, match="not built by"):
+        verify(tmp_path)
+
+
+def test_weights_that_the_model_misses_are_found(tmp_path, llava_folder, clip, command_line, base):
+    """The loader only warns about missing keys and leaves random weights; verify fails."""
+    folder = build(str(base), tmp_path / "compressed", clip=str(clip), **tiny.RECOVERY)
+    index = read_json(folder / INDEX)
+    shard = folder / EXTRA_SHARD
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(shard)
+    del tensors["model.visual_projection.weight"], index["weight_map"]["model.visual_projection.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    write_json(folder / INDEX, index)
+    provenance = read_json(folder / "provenance.json")
+    provenance["files"] |= {name: file_sha256(folder / name) for name in (EXTRA_SHARD, INDEX)}
+    write_json(folder / "provenance.json", provenance)
+    run = command_line("verify", folder)
+    assert run.returncode == 1
+    assert "loading info is empty" in run.stdout and "model.visual_projection.weight" in run.stdout
+
+
+def test_repository_that_does_not_exist(command_line):
+    run = command_line("verify", REPO_ID)
+    assert run.returncode == 1 and "does not exist, or it is private" in run.stderr
+
+
+def test_report_of_a_broken_process():
+    checks = verify_module.check_report({"error": "it broke"}, {})
+    assert checks == [Check("loads in a fresh process", False, "it broke")]
+
+
+def test_stock_base_is_the_base(built_once, base, tmp_path):
+    verify_module.write_stock_base(built_once, tmp_path)
+    assert read_json(tmp_path / "config.json") == read_json(base / "config.json")
+    assert read_json(tmp_path / INDEX)["weight_map"] == read_json(base / INDEX)["weight_map"]
+    for path in Path(tmp_path).glob("*.safetensors"):
+        assert os.path.samefile(path, base / path.name)
