@@ -22,27 +22,30 @@ from .report import write_report
 
 def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_compile: bool) -> list[tuple]:
     """(name, seconds that it takes on an H100, generator of rows), most important first."""
+    each = partial(partial, plan.over)
+    descending, two = batch_sizes[::-1], ("stock", "fixed")
+    whole = [
+        ("eager", 25, each(plan.eager, bench, descending, plan.METHODS)),
+        ("captured", 25, each(plan.captured, bench, descending, two)),
+        ("largest batch", 20, each(plan.largest_batch, bench, (16,), ("stock", "adaptive", "fixed"))),
+    ]
     if not thorough:
-        return [
-            ("eager", 20, partial(plan.eager, bench, batch_sizes[::-1])),
-            ("captured", 25, partial(plan.captured, bench, batch_sizes[::-1])),
-            ("largest batch", 20, partial(plan.largest_batch, bench)),
-        ]
+        return whole
     listed = [
-        ("selector", 3, partial(plan.selector, bench, batch_sizes)),
-        ("eager", 25, partial(plan.eager, bench, batch_sizes[::-1])),
-        ("captured", 25, partial(plan.captured, bench, batch_sizes[::-1])),
+        ("selector", 3, each(plan.selector, bench, batch_sizes)),
+        *whole[:2],
         ("released step", 3, partial(plan.released_step, bench)),
-        ("even batch", 4, partial(plan.even_batch, bench, batch_sizes)),
-        ("towers", 4, partial(plan.towers, bench, batch_sizes)),
-        ("largest batch", 20, partial(plan.largest_batch, bench)),
-        ("same question", 4, partial(plan.same_question, bench, batch_sizes)),
-        ("selector growth", 4, partial(plan.selector_growth, bench, batch_sizes)),
-        ("answers", 40, partial(plan.answers, bench, batch_sizes[::-1])),
+        ("even batch", 4, each(plan.even_batch, bench, batch_sizes)),
+        ("towers", 4, each(plan.towers, bench, batch_sizes)),
+        whole[2],
+        ("same question", 4, each(plan.same_question, bench, batch_sizes)),
+        ("launches", 8, each(plan.launches, bench, batch_sizes, plan.METHODS)),
+        ("selector growth", 4, each(plan.selector_growth, bench, batch_sizes)),
+        ("answers", 40, each(plan.answers, bench, descending, ("stock", "adaptive", "fixed"))),
     ]
     if with_compile:
-        listed.append(("compiled", 80, partial(plan.compiled, bench, batch_sizes[-1:])))
-        listed.append(("compiled, small batch", 80, partial(plan.compiled, bench, batch_sizes[:1])))
+        listed.append(("compiled", 80, each(plan.compiled, bench, batch_sizes[-1:], ("fixed",))))
+        listed.append(("compiled, small batch", 80, each(plan.compiled, bench, batch_sizes[:1], ("fixed",))))
     return listed
 
 

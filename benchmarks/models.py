@@ -1,7 +1,7 @@
 """Models of full LLaVA-1.5 size with random weights, made on the GPU, and inputs for them.
 
 Speed does not depend on the weights, with one exception: how many tokens adaptive mode keeps. Random weights have no
-attention that stands out, so the model's own scores are computed as ever and then replaced by drawn ones (`DrawnScores`).
+attention that stands out, so the model computes its own scores as ever and goes on with drawn ones (`DrawnScores`).
 
 All methods share one set of weights:
 
@@ -57,7 +57,7 @@ SHAPES = {
 }
 
 
-def draw_scores(num_images: int, num_patches: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_scores(num_images: int, num_patches: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Class attention and relevance [I, N] with heavy tails, so that LOF keeps about 56 of 576 patches (± 11).
 
     Student's t with 3 and 2 degrees of freedom; the first through a softmax, as attention is one.
@@ -100,7 +100,9 @@ class BoundModel(LlavaModel):
     num_tokens = MEAN_TOKENS
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        outputs = self.vision_tower(pixel_values, output_hidden_states=[self.config.vision_config.num_hidden_layers - 1])
+        outputs = self.vision_tower(
+            pixel_values, output_hidden_states=[self.config.vision_config.num_hidden_layers - 1]
+        )
         features = outputs.hidden_states[self.config.vision_config.num_hidden_layers - 1]
         outputs.pooler_output = list(self.multi_modal_projector(features[:, 1 : 1 + self.num_tokens]))
         return outputs

@@ -42,8 +42,8 @@ def recover(
         attention: [1, N] class attention.
         similarity: [1, N] relevance of the patches.
         keys, features: [1, N, C].
-        counts: patches to keep by vision, by text, and centres, in place of what the outliers ask for; the fits are made
-            all the same.
+        counts: patches to keep by vision, by text, and centres, in place of what the outliers ask for; the fits are
+            made all the same.
         merge_neighbors: how many patches a centre absorbs.
     """
     num_patches, channels = features.shape[1:]

@@ -41,7 +41,11 @@ class Results:
         return self.values.get((shape, batch, method, mode, quantity))
 
     def largest_batch(self, shape: str, method: str) -> float | None:
-        found = [r["value"] for r in self.rows if (r["shape"], r["method"], r["quantity"]) == (shape, method, "largest_batch")]
+        found = [
+            r["value"]
+            for r in self.rows
+            if (r["shape"], r["method"], r["quantity"]) == (shape, method, "largest_batch")
+        ]
         return found[0] if found else None
 
 
@@ -73,7 +77,9 @@ def bars(results: Results, shape: str) -> list[tuple[str, float | None, str, boo
     for method in ("adaptive", "fixed"):
         value = results.get(shape, 1, method, "eager", "selector_ms")
         listed.append((f"selector, {method}, eager, B = 1, ms", value, "<=", 3.0))
-    listed.append(("selector, captured, B = 1, ms", results.get(shape, 1, "fixed", "captured", "selector_ms"), "<=", 0.5))
+    listed.append(
+        ("selector, captured, B = 1, ms", results.get(shape, 1, "fixed", "captured", "selector_ms"), "<=", 0.5)
+    )
     selector = results.get(shape, 32, "adaptive", "eager", "selector_ms")
     tower = results.get(shape, 32, "adaptive", "eager", "question_tower_ms")
     share = ratio(total(selector, tower), first(32, "stock"))
