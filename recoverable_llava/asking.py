@@ -116,9 +116,7 @@ def ask(
         messages: turns as `user_turn` and `assistant_turn` make them.
         config_settings: fields of the config for this call alone, such as `compress=False` or `lof_threshold=2.0`.
     """
-    inputs = processor.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device, dtype=model.dtype)
+    inputs = _inputs(model, processor, messages)
     per_image = model.config.num_patches + model.config.num_class_tokens
     num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
     with settings(model, **config_settings):
@@ -131,6 +129,25 @@ def ask(
     if recovery is not None:
         num_tokens = int(recovery.selection.num_tokens.sum()) + num_images * model.config.num_class_tokens
     return Answer(text, num_tokens, num_images * per_image, seconds, recovery)
+
+
+@torch.inference_mode()
+def recover(
+    model: RecoverableLlavaForConditionalGeneration,
+    processor: Any,
+    messages: Sequence[dict[str, Any]],
+    **config_settings: Any,
+) -> Recovery:
+    """What compression would keep for a conversation's last question, without running the language model."""
+    with settings(model, **config_settings):
+        return model.recover_tokens(**_inputs(model, processor, messages))
+
+
+def _inputs(model: Any, processor: Any, messages: Sequence[dict[str, Any]]) -> Any:
+    inputs = processor.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return inputs.to(model.device, dtype=model.dtype)
 
 
 @contextmanager

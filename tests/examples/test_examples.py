@@ -113,7 +113,7 @@ def test_fine_tune_lora(run, clone):
     assert not any("lora" in name for name, _ in result["merged"].named_parameters())
 
 
-def test_load_quantised(run, capfd):
+def test_load_quantised(run):
     pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
     _, result = run("load_quantised.py", ROOT / "checkpoints" / "tiny")
     kinds = {name: type(module).__name__ for name, module in result["model"].named_modules()}

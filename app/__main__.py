@@ -1,0 +1,28 @@
+"""`python -m app`: start the demo app on this machine, with the embedded checkpoint or any other."""
+
+import argparse
+import sys
+
+from app.interface import LARGEST_UPLOAD, build_interface
+from recoverable_llava.asking import load
+from recoverable_llava.command_line import EMBEDDED_CHECKPOINT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    parser.add_argument("--model", default=EMBEDDED_CHECKPOINT, help="folder or Hub repo (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument("--port", type=int, default=7860, help="port on this machine (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        model, processor = load(arguments.model, arguments.device)
+    except ValueError as error:
+        print(f"python -m app: {error}", file=sys.stderr)
+        return 2
+    interface = build_interface(model, processor, arguments.model)
+    interface.queue(max_size=32).launch(server_port=arguments.port, max_file_size=LARGEST_UPLOAD)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
