@@ -99,32 +99,11 @@ def test_remote_files_import_torch_and_transformers_alone(name):
 
 
 # Modules and functions that reach files, the network, the environment or other processes, or run text as code.
-FORBIDDEN_MODULES = set(
-    [
-        "builtins",
-        "ctypes",
-        "ftplib",
-        "glob",
-        "http",
-        "importlib",
-        "io",
-        "multiprocessing",
-        "pathlib",
-        "pickle",
-        "pkgutil",
-        "runpy",
-        "shelve",
-        "shutil",
-        "socket",
-        "ssl",
-        "subprocess",
-        "sys",
-        "tempfile",
-        "threading",
-        "urllib",
-        "webbrowser",
-    ]
-)
+FORBIDDEN_MODULES = {
+    *("builtins", "ctypes", "ftplib", "glob", "http", "importlib", "io", "multiprocessing", "pathlib", "pickle"),
+    *("pkgutil", "runpy", "shelve", "shutil", "socket", "ssl", "subprocess", "sys", "tempfile", "threading"),
+    *("urllib", "webbrowser"),
+}
 FORBIDDEN_NAMES = {"open", "exec", "eval", "compile", "__import__", "input", "print", "getenv", "environ", "system"}
 
 
