@@ -33,6 +33,9 @@ def _arguments() -> argparse.Namespace:
     evaluator.add_argument("--device", default="cpu")
     evaluator.add_argument("--batch-size", type=int, default=16)
     evaluator.add_argument("--workers", type=int, default=0, help="processes that draw the scenes")
+    plotter = commands.add_parser("plot", help="draw loss and accuracy curves of a run")
+    plotter.add_argument("--run", default="runs/tiny")
+    plotter.add_argument("--output", default="docs/training_curves.png")
     return parser.parse_args()
 
 
@@ -57,6 +60,10 @@ def main() -> None:
         from .evaluate import evaluate
 
         print(json.dumps(evaluate(**arguments), indent=1))
+    elif command == "plot":
+        from .plot import plot
+
+        plot(**arguments)
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def patch_targets(batch: dict[str, Tensor], constants: dict[str, Tensor], patche
 
     center_x, center_y = mine["left"] + mine["size"] / 2, mine["top"] + mine["size"] / 2
     place_x, place_y = torch.where(shown, center_x, patch_x), torch.where(shown, center_y, patch_y)
-    half = patch_width / 2
-    at_center = is_plate & ((patch_x - center_x).abs() <= half) & ((patch_y - center_y).abs() <= half)
+    same_column = torch.floor(center_x / patch_width) == index % patches
+    at_center = is_plate & same_column & (torch.floor(center_y / patch_width) == index // patches)
     targets = (
         target(mine["class_index"], shown, len(CLASSES)),
         target(mine["color"], is_plate, len(COLORS)),

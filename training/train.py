@@ -167,7 +167,6 @@ def train(options: TrainingOptions) -> TrainingModel:
         progress.step, progress.seconds = state["step"], state["seconds"]
     elif (folder / "weights-0.safetensors").exists():
         raise ValueError(f"{folder} has weights but no state.pt to go on from: name another folder, or put state.pt back")
-    torch.manual_seed(options.seed + 1000 * progress.step + rank)
     if options.compile:
         model.compile_parts()
     last = options.steps if options.steps is not None else 10**7
@@ -216,6 +215,7 @@ def train(options: TrainingOptions) -> TrainingModel:
     saved = stepped = time.monotonic()
     while progress.share < 1 and (options.stop_at_step is None or progress.step < options.stop_at_step):
         batch = move(next(loader))
+        torch.manual_seed((options.seed * 10**7 + progress.step) * ranks + rank)  # of the positions' jitter
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * progress.rate()
