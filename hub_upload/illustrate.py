@@ -13,10 +13,10 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
     """Runs both towers of the model in `folder`, not its language model, on a picture; returns the overlay's path."""
     import torch
     from PIL import Image
-    from recoverable_llava.visualize import draw_recovery
 
     from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
     from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
+    from recoverable_llava.visualize import draw_recovery
 
     folder = Path(folder)
     if not (folder / PROVENANCE).is_file():
