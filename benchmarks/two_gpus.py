@@ -1,0 +1,99 @@
+"""Several GPUs by existing means: the same answers as on one.
+
+    torchrun --nproc-per-node 2 -m benchmarks.two_gpus --model checkpoints/tiny
+
+Each process answers alone first. Then the language model is sharded over all processes (`tp_plan="auto"`), then each
+process answers its share of the prompts (accelerate), then one process spreads the layers (`device_map="auto"`, GPUs
+only). Runs on CPU processes too, as a check of the script. Exit status 1 if an answer differs.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.distributed import DistributedConfig
+
+import recoverable_llava  # noqa: F401 - registers the classes
+
+
+PROMPTS = [f"USER: <image>\nwhat is {thing} ? ASSISTANT:" for thing in ("this", "red", "left", "the colour of it")]
+
+
+def pictures() -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(96, 80), (64, 128), (100, 100), (80, 96)]
+    return [
+        Image.fromarray(torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8).numpy())
+        for size in sizes
+    ]
+
+
+def answer(model: Any, processor: Any, rows: list[int]) -> list[list[int]]:
+    """New tokens of the prompts `rows`, greedy."""
+    images = pictures()
+    inputs = processor(
+        images=[[images[row]] for row in rows],
+        text=[PROMPTS[row] for row in rows],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    with torch.no_grad():
+        sequences = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder or repo id of a model with recoverable compression")
+    arguments = parser.parse_args()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    has_gpus = torch.cuda.is_available()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    everything = list(range(len(PROMPTS)))
+
+    def load(**kwargs: Any) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32, **kwargs).eval()
+
+    alone = load().to(state.device)
+    expected = answer(alone, processor, everything)
+    same = {}
+
+    with state.split_between_processes(everything) as share:
+        shares = gather_object(answer(alone, processor, share))
+    same[f"accelerate, {state.num_processes} processes"] = shares == expected
+    del alone
+
+    if state.num_processes > 1:
+        sharded = load(distributed_config=DistributedConfig(tp_plan="auto"))
+        found = answer(sharded, processor, everything)
+        weight = sharded.model.language_model.layers[0].mlp.up_proj.weight
+        local = getattr(weight, "to_local", lambda: weight)()
+        name = f'tp_plan="auto", {state.num_processes} processes, up_proj {tuple(local.shape)} of {tuple(weight.shape)}'
+        same[name] = found == expected
+        del sharded
+    state.wait_for_everyone()
+
+    if has_gpus and torch.cuda.device_count() > 1 and state.is_main_process:
+        spread = load(device_map="balanced")
+        devices = sorted({str(device) for device in spread.hf_device_map.values()})
+        same[f"device_map, on {devices}"] = answer(spread, processor, everything) == expected
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for name, is_same in same.items():
+            print(f"{'same' if is_same else 'DIFFERENT'}: {name}", flush=True)
+    return 0 if all(same.values()) else 1
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os._exit(status)
