@@ -2,25 +2,26 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from app.interface import LARGEST_UPLOAD, build_interface
 from recoverable_llava.asking import load
 from recoverable_llava.command_line import EMBEDDED_CHECKPOINT
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     parser.add_argument("--model", default=EMBEDDED_CHECKPOINT, help="folder or Hub repo (default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    parser.add_argument("--port", type=int, default=7860, help="port on this machine (default: %(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument("--port", type=int, help="port on this machine (default: 7860, or the next free one)")
+    parsed = parser.parse_args(arguments)
     try:
-        model, processor = load(arguments.model, arguments.device)
+        model, processor = load(parsed.model, parsed.device)
     except ValueError as error:
         print(f"python -m app: {error}", file=sys.stderr)
         return 2
-    interface = build_interface(model, processor, arguments.model)
-    interface.queue(max_size=32).launch(server_port=arguments.port, max_file_size=LARGEST_UPLOAD)
+    interface = build_interface(model, processor, parsed.model)
+    interface.queue(max_size=32).launch(server_port=parsed.port, max_file_size=LARGEST_UPLOAD)
     return 0
 
 

@@ -28,6 +28,8 @@ EXAMPLES = [
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
     """The app around a model and its processor, as `recoverable_llava.asking.load` returns them."""
     num_patches, config = model.config.num_patches, model.config
+    # The first call is slower than all others, and would be held against the compressed answer.
+    ask(model, processor, [user_turn(EXAMPLES[0][1], open_picture(SCENES / EXAMPLES[0][0]))], max_new_tokens=2)
 
     def settings(threshold: float, budget: float) -> dict[str, Any]:
         return {"lof_threshold": float(threshold), "visual_token_budget": int(budget) or None}
@@ -102,8 +104,8 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
                     buttons=["download", "fullscreen"],
                 )
         with gr.Row():
-            compressed = gr.Chatbot(label="With compression", elem_id="compressed", height=300, buttons=["copy"])
-            full = gr.Chatbot(label="All visual tokens", elem_id="full", height=300, buttons=["copy"])
+            compressed = gr.Chatbot(label="With compression", elem_id="compressed", height=340, buttons=[])
+            full = gr.Chatbot(label="All visual tokens", elem_id="full", height=340, buttons=[])
         gr.Examples(
             [[str(SCENES / file), text] for file, text in EXAMPLES],
             [picture, question],
@@ -131,7 +133,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
             cancels=previews,
             **one_at_a_time,
         )
-        for trigger in (picture.change, again.click):
+        for trigger in (picture.change, again.click, compressed.clear, full.clear):
             trigger(forget, None, [turns, compressed, full], cancels=answering)
     return interface
 

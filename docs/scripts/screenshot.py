@@ -106,6 +106,7 @@ def main() -> None:
         page = AppPage(address)
         try:
             page.upload(ROOT / "demo" / "scene.png")
+            page.wait(page.overlay)
             for number, question in enumerate(
                 ["What word is under the lemon?", "What color is the plate of the penguin?"]
             ):

@@ -1,9 +1,11 @@
 """The app as a person sees it: a real Chromium, a real server, the embedded checkpoint."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 pytest.importorskip("selenium", reason="needs selenium")
 if shutil.which("chromium") is None:
     pytest.skip("needs Debian's chromium and chromium-driver", allow_module_level=True)
+
+from app.space import build_space  # noqa: E402
+
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("screenshot", ROOT / "docs" / "scripts" / "screenshot.py")
@@ -87,6 +92,20 @@ def test_too_large_an_upload_is_refused(page, tmp_path):
     page.upload(large)
     page.wait(lambda: "size" in page.message().lower())
     assert not page.overlay()
+
+
+def test_space_starts_by_itself(tmp_path, monkeypatch):
+    """The folder alone, with neither this repository nor its installed package in reach."""
+    space = tmp_path / "space"
+    monkeypatch.chdir(ROOT)
+    build_space(space)
+    with pytest.raises(ValueError, match="exists"):
+        build_space(space)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with screenshot.running_app(sys.executable, "start.py", cwd=space) as address:
+        config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=30).read())
+    assert config["title"] == "Recoverable LLaVA"
+    assert any("`model`" in str(component["props"].get("value")) for component in config["components"])
 
 
 def test_start_without_a_checkpoint():
