@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,40 +82,34 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _only(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    given = vars(arguments)
-    return {name: given[name] for name in names if given.get(name) not in (None, False) or name in RECOVERY_SETTINGS}
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options that the user set; the others keep the defaults of the function that they go to."""
+    values = vars(arguments)
+    return {name: values[name] for name in names if values[name] is not None}
 
 
 def _build(arguments: argparse.Namespace, output: Path) -> Path:
     sources = ("base_revision", "clip", "clip_revision", "accept_different_vision_tower", "token")
     names = (*sources, "chat_template", "license", "results")
-    recovery = {name: vars(arguments)[name] for name in RECOVERY_SETTINGS if vars(arguments)[name] is not None}
-    return build(arguments.base, output, **_only(arguments, names), **recovery)
+    return build(arguments.base, output, **_given(arguments, (*names, *RECOVERY_SETTINGS)))
 
 
 def _build_or_reuse(arguments: argparse.Namespace, output: Path) -> Path:
     """Builds; a folder left by an earlier push of the same things is taken again, so that a push can be repeated."""
     if not (output / PROVENANCE).is_file():
         return _build(arguments, output)
-    again = output.with_name(output.name + ".again")
-    try:
-        _build(arguments, again)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.again-", dir=output.parent) as temporary:
+        again = _build(arguments, Path(temporary, output.name))
         if read_json(again / PROVENANCE) != read_json(output / PROVENANCE):
             raise ValueError(
                 f"output={str(output)!r} exists and was built from something else: choose another --output or delete it"
             )
-    finally:
-        if again.is_dir():
-            import shutil
-
-            shutil.rmtree(again)
     return output
 
 
 def _publish(arguments: argparse.Namespace, folder: Path) -> Publication:
     names = ["private", "revision", "create_pr", "commit_message", "token", "dry_run"]
-    return publish(folder, arguments.repo_id, **_only(arguments, names))
+    return publish(folder, arguments.repo_id, **_given(arguments, names))
 
 
 def summary(publication: Publication) -> str:
@@ -154,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from hub_upload.verify import table, verify
 
-        checks = verify(arguments.target, **_only(arguments, ["revision", "question", "image", "device", "token"]))
+        checks = verify(arguments.target, **_given(arguments, ("revision", "question", "image", "device", "token")))
         print(table(checks))
         return 0 if all(check.passed for check in checks) else 1
     return 0

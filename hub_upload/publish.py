@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -52,7 +52,8 @@ SOURCE_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "USE_POL
 # Left on the target from an earlier publication, these would be loaded instead of, or beside, what is published now.
 STALE_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
 CONVERSION_BOT = "SFconvertbot"
-NETWORK_ERRORS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "ConnectionError", "Timeout"}
+# By name, as huggingface_hub changes its HTTP library between versions.
+NETWORK_ERRORS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "ConnectionError", "TimeoutError"}
 
 
 class HubFailure(RuntimeError):
@@ -132,6 +133,11 @@ def explain(error: BaseException, action: str) -> str | None:
                 f"{action}: {constants.ENDPOINT} did not answer and the files are not all in the local cache. "
                 "Check the network, then run the same command again"
             )
+    if isinstance(error, RuntimeError) or type(error).__module__ == "hf_xet":
+        return (
+            f"{action}: the transfer failed ({error}). Run the same command again; if it goes on failing, set "
+            "HF_HUB_DISABLE_XET=1, which takes the Hub's older way of transfer"
+        )
     return None
 
 
@@ -456,7 +462,7 @@ def _plan(
     return plan + [PlannedFile(path, "delete", remote[path].size) for path in sorted(stale)]
 
 
-Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+Operation: TypeAlias = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
 def _operations(folder: Path, repo_id: str, plan: list[PlannedFile], base: dict[str, RepoFile]) -> list[Operation]:

@@ -43,7 +43,7 @@ def _purpose(path: Path) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).replace("|", "\\|")
 
 
-def _libraries(path: Path) -> list[str]:
+def imported_libraries(path: Path) -> list[str]:
     imports = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def remote_code_page(folder: Path) -> str:
     files = executed_files(folder)
     hashes = "\n".join(f"{file_sha256(folder / name)}  {name}" for name in files)
     rows = "\n".join(
-        f"| `{name}` | {_purpose(folder / name)} | {', '.join(_libraries(folder / name)) or 'nothing'} |"
+        f"| `{name}` | {_purpose(folder / name)} | {', '.join(imported_libraries(folder / name)) or 'nothing'} |"
         for name in files
     )
     return f"""# What `trust_remote_code=True` runs

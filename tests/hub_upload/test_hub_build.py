@@ -26,7 +26,7 @@ from hub_upload.build import (
     defaults_for,
 )
 from hub_upload.checkpoint import read_checkpoint, read_json, write_json
-from hub_upload.remote_code import executed_files, listed_hashes, package_folder
+from hub_upload.remote_code import executed_files, imported_libraries, listed_hashes, package_folder
 from recoverable_llava.configuration_recoverable_llava import AUTO_MAP, RecoverableLlavaConfig
 
 
@@ -405,6 +405,12 @@ def test_code_page_lists_hashes_that_sha256sum_accepts(built_once):
         ["sha256sum", "--check", "--strict"], input=block, cwd=built_once, capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
+
+
+def test_code_imports_only_what_every_user_of_transformers_has():
+    for name in executed_files(package_folder()):
+        imported = set(imported_libraries(package_folder() / name))
+        assert imported <= {"torch", "transformers", *sys.stdlib_module_names}, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

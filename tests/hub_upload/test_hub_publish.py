@@ -15,6 +15,7 @@ from loopback_hub import Blob, Fault, LoopbackHub, Repo, wait_for
 
 from hub_upload.__main__ import _build_or_reuse, parser
 from hub_upload.checkpoint import read_json
+from hub_upload.publish import HubFailure, explained
 
 
 SECRET = "hf_SecretSecretSecretSecretSecret"
@@ -235,6 +236,21 @@ def test_damaged_download_is_found(hub_with_sources, command_line, built_from_hu
 
 
 # ---------------------------------------------------------------------------------------------------- failures
+
+
+def test_failures_of_other_transports_are_explained():
+    """The storage backend xet is native code with errors of its own; the loopback Hub cannot speak its protocol."""
+    disk = OSError(28, "No space left on device", "/cache/blob")
+    for error, sentence in (
+        (RuntimeError("CAS error"), "HF_HUB_DISABLE_XET=1"),
+        (TimeoutError("slow"), "the connection to"),
+        (disk, "No space left on device (/cache/blob)"),
+    ):
+        with pytest.raises(HubFailure) as raised, explained("Publishing"):
+            raise error
+        assert sentence in str(raised.value)
+    with pytest.raises(KeyError), explained("Publishing"):
+        raise KeyError("a mistake in this program stays one")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """hub_upload.verify: every kind of damage is found, and nothing damaged is executed."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,22 @@ def test_stock_base_is_the_base(built_once, base, tmp_path):
     assert read_json(tmp_path / INDEX)["weight_map"] == read_json(base / INDEX)["weight_map"]
     for path in Path(tmp_path).glob("*.safetensors"):
         assert os.path.samefile(path, base / path.name)
+
+
+def other_pythons() -> list[Path]:
+    """Environments with another transformers: the one beside this (`make test` and `make test-lowest`), or named."""
+    prefix = Path(sys.prefix)
+    siblings = {prefix.with_name(prefix.name + "-lowest"), prefix.with_name(prefix.name.removesuffix("-lowest"))}
+    named = [Path(path) for path in os.environ.get("OTHER_PYTHON", "").split(os.pathsep) if path]
+    return [path for path in (*(folder / "bin" / "python" for folder in siblings - {prefix}), *named) if path.exists()]
+
+
+def test_built_here_loads_on_the_other_declared_transformers(built, monkeypatch):
+    if not other_pythons():
+        pytest.skip(
+            "no environment with another transformers; `make test-lowest` makes one, or name it in OTHER_PYTHON"
+        )
+    for python in other_pythons():
+        monkeypatch.setattr(verify_module.sys, "executable", str(python))
+        checks = verify(built)
+        assert not failed(checks), table(checks)
