@@ -26,8 +26,11 @@ def no_network(*_: Any) -> None:
     raise OSError("this process must not connect to anything")
 
 
-sys.meta_path.insert(0, Barrier())
-socket.socket.connect = no_network  # type: ignore[method-assign, assignment]
+def isolate() -> None:
+    """Only in a process of its own: tests import this file, too."""
+    sys.meta_path.insert(0, Barrier())
+    socket.socket.connect = no_network  # type: ignore[method-assign, assignment]
+
 
 QUESTIONS = ["what is the colour of the cat ?", "why ?", "how many dog are there ?"]
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
@@ -191,6 +194,7 @@ def offloaded(folder: str, offload_folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    isolate()
     function, folder, report_file, *arguments = sys.argv[1:]
     result = globals()[function](folder, *arguments)
     assert not any(name.split(".")[0] == "recoverable_llava" for name in sys.modules)
