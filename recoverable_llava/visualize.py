@@ -139,12 +139,12 @@ def _legend(recovery: Any, image_index: int, width: int) -> Image.Image:
         ("centre", f"the rest merged into {num_merged}" if num_merged else "nothing merged"),
     ]
     total = f"{num_tokens} of {num_patches} visual tokens ({100 * num_tokens / num_patches:.0f} %)"
-    text_size = max(round(width / 32), 11)
+    text_size = max(round(width / 24), 11)
     font, swatch, line = _font(text_size), round(text_size * 1.1), round(text_size * 1.6)
     margin = line // 3
     canvas = Image.new("RGB", (width, line * 4 + 2 * margin), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, margin), total, fill=INK, font=_font(round(text_size * 1.15)))
+    draw.text((margin, margin), total, fill=INK, font=_font(round(text_size * 1.1)))
     for number, (kind, text) in enumerate(rows, start=1):
         top = margin + number * line
         _draw_mark(draw, kind, margin, top, swatch)
@@ -154,7 +154,7 @@ def _legend(recovery: Any, image_index: int, width: int) -> Image.Image:
 
 def _text_blocks(texts: list[str], width: int) -> list[Image.Image]:
     """Each text, broken into lines, at the bottom of a block; all blocks are as high as the longest text needs."""
-    font = _font(max(round(width / 26), 11))
+    font = _font(max(round(width / 22), 11))
     line_height = round(font.size * 1.3)
     broken = []
     for text in texts:
