@@ -8,6 +8,7 @@ import json
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,31 +22,36 @@ from .report import write_report
 
 
 def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_compile: bool) -> list[tuple]:
-    """(name, seconds that it takes on an H100, generator of rows), most important first."""
-    each = partial(partial, plan.over)
+    """(name, seconds that it takes on an H100, its cases), most important first."""
     descending, two = batch_sizes[::-1], ("stock", "fixed")
+
+    def each(measure: Callable, batches: tuple[int, ...], methods: tuple[str, ...] = ()) -> list[partial]:
+        return [
+            partial(measure, bench, batch, *method) for batch in batches for method in ([(m,) for m in methods] or [()])
+        ]
+
     whole = [
-        ("eager", 25, each(plan.eager, bench, descending, plan.METHODS)),
-        ("captured", 25, each(plan.captured, bench, descending, two)),
-        ("largest batch", 20, each(plan.largest_batch, bench, (16,), ("stock", "adaptive", "fixed"))),
+        ("eager", 25, each(plan.eager, descending, plan.METHODS)),
+        ("captured", 25, each(plan.captured, descending, two)),
+        ("largest batch", 20, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed"))),
     ]
     if not thorough:
         return whole
     listed = [
-        ("selector", 3, each(plan.selector, bench, batch_sizes)),
+        ("selector", 3, each(plan.selector, batch_sizes)),
         *whole[:2],
-        ("released step", 3, partial(plan.released_step, bench)),
-        ("even batch", 4, each(plan.even_batch, bench, batch_sizes)),
-        ("towers", 4, each(plan.towers, bench, batch_sizes)),
+        ("released step", 3, [partial(plan.released_step, bench)]),
+        ("even batch", 4, each(plan.even_batch, batch_sizes)),
+        ("towers", 4, each(plan.towers, batch_sizes)),
         whole[2],
-        ("same question", 4, each(plan.same_question, bench, batch_sizes)),
-        ("launches", 8, each(plan.launches, bench, batch_sizes, plan.METHODS)),
-        ("selector growth", 4, each(plan.selector_growth, bench, batch_sizes)),
-        ("answers", 40, each(plan.answers, bench, descending, ("stock", "adaptive", "fixed"))),
+        ("same question", 4, each(plan.same_question, batch_sizes)),
+        ("launches", 8, each(plan.launches, batch_sizes, plan.METHODS)),
+        ("selector growth", 4, each(plan.selector_growth, batch_sizes)),
+        ("answers", 40, each(plan.answers, descending, ("stock", "adaptive", "fixed"))),
     ]
     if with_compile:
-        listed.append(("compiled", 80, each(plan.compiled, bench, batch_sizes[-1:], ("fixed",))))
-        listed.append(("compiled, small batch", 80, each(plan.compiled, bench, batch_sizes[:1], ("fixed",))))
+        listed.append(("compiled", 80, each(plan.compiled, batch_sizes[-1:], ("fixed",))))
+        listed.append(("compiled, small batch", 80, each(plan.compiled, batch_sizes[:1], ("fixed",))))
     return listed
 
 
@@ -86,20 +92,22 @@ def main() -> None:
             bench = plan.Bench(SHAPES[name], models, device, dtype, arguments.budget, arguments.repeats)
             print(f"{name} built after {time.monotonic() - started:.0f} s", flush=True)
             listed = steps(bench, tuple(arguments.batch_sizes), index == 0, arguments.compile)
-            for title, estimate, generator in listed:
+            for title, estimate, cases in listed:
                 begin = time.monotonic()
                 if begin - started + (estimate if has_gpu else 0) > 60 * arguments.minutes:
                     facts["left_out"].append(f"{name}: {title}")
                     continue
-                try:
-                    for row in generator():
-                        rows.append(row)
-                        log.write(json.dumps(row) + "\n")
-                        log.flush()
-                except Exception:  # a step that fails must not take the others with it
-                    facts["left_out"].append(f"{name}: {title} failed: {traceback.format_exc(limit=-3)}")
-                    print(traceback.format_exc(), flush=True)
-                release()
+                for case in cases:
+                    try:
+                        for row in case():
+                            rows.append(row)
+                            log.write(json.dumps(row) + "\n")
+                            log.flush()
+                    except Exception:  # a case that fails must not take the others with it
+                        problem = traceback.format_exc(limit=-3)
+                        facts["left_out"].append(f"{name}: {title} {case.args[1:]} failed: {problem}")
+                        print(traceback.format_exc(), flush=True)
+                    release()
                 print(f"{name} {title}: {time.monotonic() - begin:.1f} s", flush=True)
             del models, bench, listed
             release()

@@ -74,16 +74,6 @@ class Bench:
         return 0.02 * torch.randn(batch_size, length, self.shape.hidden_size, device=self.device, dtype=self.dtype)
 
 
-def over(
-    measure: Callable[..., Iterator[Row]], bench: Bench, batch_sizes: tuple[int, ...], methods: tuple[str, ...] = ()
-) -> Iterator[Row]:
-    """The rows of `measure` for each batch size, and for each method where it takes one."""
-    for batch_size in batch_sizes:
-        for method in methods or (None,):
-            yield from measure(bench, batch_size) if method is None else measure(bench, batch_size, method)
-            release()
-
-
 @contextmanager
 def unchecked() -> Iterator[None]:
     """Without transformers' check that placeholders match features, which waits for the device."""
