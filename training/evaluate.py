@@ -7,20 +7,22 @@ half in batches of 256, and the time of one answer on the CPU.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor, pipeline
-from transformers.pipelines.image_text_to_text import ReturnType
 
 from .examples import SceneExample, scene_examples
 from .questions import KINDS, scene_facts
 
 RETRIEVAL_BATCH = 256
+BLOCK = 500  # questions of one job
+THREADS = 1  # of one job: drawing a scene does not gain from more
 
 
 def _message(example: SceneExample) -> list[dict]:
@@ -28,50 +30,67 @@ def _message(example: SceneExample) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def _block(split: str, kind: str, first: int, count: int) -> list[tuple[list[dict], str]]:
-    torch.set_num_threads(1)
-    chosen = islice(scene_examples(split, first + count, (kind,)), first, first + count)
-    return [(_message(example), example.answer) for example in chosen]
-
-
 def interval(share: float, number: int) -> float:
     """Half width of the 95 % confidence interval of a share."""
     return 1.96 * math.sqrt(max(share * (1 - share), 1e-9) / number)
 
 
-def answer_accuracy(
-    folder: str, split: str, count: int, kinds: Iterable[str] = KINDS, device: str = "cpu", batch_size: int = 16, workers: int = 0
-) -> dict[str, dict[str, float]]:
-    """Share of exactly right answers of `pipeline("image-text-to-text")` for each kind on `count` questions of a split."""
+def _right_answers(folder: str, split: str, kind: str, first: int, count: int, device: str, batch_size: int) -> int:
+    """How many of the questions `first` to `first + count` of one kind the pipeline answers exactly right."""
+    torch.set_num_threads(THREADS)
     answering = pipeline(
         "image-text-to-text",
         model=AutoModelForImageTextToText.from_pretrained(folder, dtype="auto"),
         processor=AutoProcessor.from_pretrained(folder),
         device=device,
     )
-    block = 250
+    examples = list(islice(scene_examples(split, first + count, (kind,)), first, first + count))
+    answers = answering(
+        [_message(example) for example in examples],
+        batch_size=batch_size,
+        return_full_text=False,
+        generate_kwargs={"max_new_tokens": 6, "do_sample": False},
+    )
+    texts = [(answer[0] if isinstance(answer, list) else answer)["generated_text"].strip() for answer in answers]
+    return sum(text == example.answer for text, example in zip(texts, examples, strict=True))
+
+
+def answer_accuracy(
+    folder: str,
+    split: str,
+    count: int,
+    kinds: Iterable[str] = KINDS,
+    devices: Sequence[str] = ("cpu",),
+    batch_size: int = 16,
+    workers: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Share of exactly right answers of `pipeline("image-text-to-text")` for each kind on `count` questions of a split.
+
+    Args:
+        workers: processes that share the work, in turn over `devices`; 0 works in this one.
+    """
+    kinds = tuple(kinds)
+    jobs = [(kind, first, min(BLOCK, count - first)) for kind in kinds for first in range(0, count, BLOCK)]
+    calls = [
+        (folder, split, *job, devices[index % len(devices)], batch_size) for index, job in enumerate(jobs)
+    ]
+    bar = tqdm(total=len(jobs), desc=split)
+    if workers:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            futures = [pool.submit(_right_answers, *call) for call in calls]
+            for future in futures:
+                future.add_done_callback(lambda _: bar.update())
+            right = [future.result() for future in futures]
+    else:
+        right = []
+        for call in calls:
+            right.append(_right_answers(*call))
+            bar.update()
+    bar.close()
     result = {}
-    pool = ProcessPoolExecutor(workers) if workers else None
-    jobs = {
-        (kind, first): (split, kind, first, min(block, count - first)) for kind in kinds for first in range(0, count, block)
-    }
-    pending = {key: pool.submit(_block, *job) for key, job in jobs.items()} if pool else {}
     for kind in kinds:
-        right = 0
-        for first in tqdm(range(0, count, block), desc=f"{split} {kind}"):
-            examples = pending.pop((kind, first)).result() if pool else _block(*jobs[kind, first])
-            answers = answering(
-                [message for message, _ in examples],
-                batch_size=batch_size,
-                return_type=ReturnType.NEW_TEXT,
-                generate_kwargs={"max_new_tokens": 6, "do_sample": False},
-            )
-            for (_, expected), answer in zip(examples, answers, strict=True):
-                answer = answer[0] if isinstance(answer, list) else answer
-                right += answer["generated_text"].strip() == expected
-        result[kind] = {"accuracy": round(right / count, 4), "plus_minus": round(interval(right / count, count), 4)}
-    if pool:
-        pool.shutdown()
+        share = sum(number for number, job in zip(right, jobs, strict=True) if job[0] == kind) / count
+        result[kind] = {"accuracy": round(share, 4), "plus_minus": round(interval(share, count), 4)}
     return result
 
 
@@ -110,16 +129,16 @@ def answer_seconds(folder: str, repeats: int = 5) -> float:
 
 
 def evaluate(
-    llava: str, clip: str, output: str, count: int = 2000, device: str = "cpu", batch_size: int = 16, workers: int = 0
+    llava: str, clip: str, output: str, count: int = 2000, devices: str = "cpu", batch_size: int = 16, workers: int = 0
 ) -> dict:
-    """All figures of the checkpoint, written to `output` as JSON."""
+    """All figures of the checkpoint, written to `output` as JSON; `devices` are separated by commas."""
+    names = devices.split(",")
+    settings = {"devices": names, "batch_size": batch_size, "workers": workers}
     result = {
         "questions_per_kind": count,
-        "test": answer_accuracy(llava, "test", count, device=device, batch_size=batch_size, workers=workers),
-        "combination": answer_accuracy(
-            llava, "combination", max(count // 4, 1), device=device, batch_size=batch_size, workers=workers
-        ),
-        "retrieval_top1": retrieval(clip, "test", max(count // RETRIEVAL_BATCH // 2, 1), device),
+        "test": answer_accuracy(llava, "test", count, **settings),
+        "combination": answer_accuracy(llava, "combination", max(count // 4, 1), **settings),
+        "retrieval_top1": retrieval(clip, "test", max(count // RETRIEVAL_BATCH // 2, 1), names[0]),
     }
     Path(output).write_text(json.dumps(result, indent=1) + "\n")
     return result

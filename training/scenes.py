@@ -1,7 +1,7 @@
 """Scenes: pictures of objects on colored plates, some with a word under them, over a textured background.
 
 A scene is a small record made from a seed; `render.py` turns records into images and into what each patch shows.
-Everything that a question can ask lies in a few patches: a plate is three to five patches wide, a word under it two
+Everything that a question can ask lies in a few patches: a plate is three or four patches wide, a word under it two
 rows of patches high. A crowded scene fills far more patches than a tenth of the image, so no fixed choice of a tenth
 serves every question.
 
@@ -17,10 +17,10 @@ import numpy as np
 from .vocabulary import CLASSES, COLORS, COLUMNS, ROWS, WORDS, held_out
 
 IMAGE_SIZE = 336
-MAXIMUM_OBJECTS = 14
+MAXIMUM_OBJECTS = 20
 LETTER_CELL_WIDTH, LETTER_CELL_HEIGHT = 14, 18
 LABEL_PADDING = 2
-SMALLEST_PLATE, LARGEST_PLATE = 42, 64
+SMALLEST_PLATE, LARGEST_PLATE, LARGEST_CROWDED_PLATE = 38, 62, 48
 COARSE_GRID, FINE_GRID = 6, 42
 SPLITS = ("train", "validation", "test", "combination")
 
@@ -92,10 +92,10 @@ def _color(class_index: int, split: str, rng: random.Random) -> int:
 
 
 def _classes(number: int, rng: random.Random) -> list[int]:
-    """Object classes: mostly different ones, often one class (in crowded scenes two) two to four times."""
+    """Object classes: mostly different ones, often some classes two to four times."""
     chosen: list[int] = []
     pool = rng.sample(range(len(CLASSES)), number)
-    repeated = int(number >= 2 and rng.random() < 0.75) + int(number >= 8 and rng.random() < 0.5)
+    repeated = int(number >= 2 and rng.random() < 0.75) + int(number >= 8) + int(number >= 13 and rng.random() < 0.5)
     for _ in range(repeated):
         room = number - len(chosen)
         if room >= 2:
@@ -104,9 +104,9 @@ def _classes(number: int, rng: random.Random) -> list[int]:
 
 
 def make_scene(split: str, rng: random.Random) -> Scene:
-    """A scene with 1 to 14 objects that do not overlap, placed freely."""
+    """A scene with 1 to 20 objects that do not overlap, placed freely; half of the scenes are crowded (11 or more)."""
     crowd = rng.random()
-    number = rng.randint(1, 4) if crowd < 0.25 else rng.randint(5, 9) if crowd < 0.6 else rng.randint(10, MAXIMUM_OBJECTS)
+    number = rng.randint(1, 4) if crowd < 0.2 else rng.randint(5, 10) if crowd < 0.5 else rng.randint(11, MAXIMUM_OBJECTS)
     objects: list[SceneObject] = []
     boxes: list[tuple[int, int, int, int]] = []
     words = rng.sample(range(len(WORDS)), number)
@@ -117,14 +117,14 @@ def make_scene(split: str, rng: random.Random) -> Scene:
             word if rng.random() < 0.6 else -1,
             0,
             0,
-            rng.randint(SMALLEST_PLATE, LARGEST_PLATE if number < 10 else 54),
+            rng.randint(SMALLEST_PLATE, LARGEST_PLATE if number < 11 else LARGEST_CROWDED_PLATE),
             rng.random() < 0.5,
             rng.random() < 0.5,
         )
         _, _, label_width, label_height = item.label_box
         width = max(item.size, label_width) + 2
         height = item.size + (label_height + 1 if label_height else 0) + 2
-        for _ in range(40):
+        for _ in range(60):
             left, top = rng.randint(1, IMAGE_SIZE - width), rng.randint(1, IMAGE_SIZE - height)
             if all(
                 left + width <= x or x + w <= left or top + height <= y or y + h <= top for x, y, w, h in boxes
@@ -155,7 +155,7 @@ OBJECT_FIELDS = (
 
 
 def scene_arrays(scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Scenes as arrays for the renderer: objects [B, 14, 12] int16 (class -1 where there is none) and backgrounds."""
+    """Scenes as arrays for the renderer: objects [B, 20, 12] int16 (class -1 where there is none) and backgrounds."""
     objects = np.zeros((len(scenes), MAXIMUM_OBJECTS, len(OBJECT_FIELDS)), np.int16)
     objects[..., 0] = -1
     for scene, rows in zip(scenes, objects, strict=True):
