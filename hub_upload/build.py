@@ -481,6 +481,13 @@ def write_processor(folder: Path, base: Path, clip: Path, config: Any, chat_temp
             f"clip: its tokenizer has {len(question_tokenizer)} entries, its text tower "
             f"{config.question_config.vocab_size}: they do not belong together"
         )
+    # 2 is what CLIP's first configurations say; the tower then takes the highest token, which ends the question.
+    end, expected = question_tokenizer.eos_token_id, config.question_config.eos_token_id
+    if expected not in (2, end):
+        raise ValueError(
+            f"clip: its tokenizer ends a question with token {end}, the text tower looks for {expected} and would read "
+            "the wrong place: take tokenizer and weights from the same checkpoint"
+        )
     question_tokenizer.model_max_length = config.question_config.max_position_embeddings
     processor = RecoverableLlavaProcessor(
         image_processor=stock.image_processor,

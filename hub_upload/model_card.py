@@ -130,7 +130,16 @@ comes from the text tower of {_named(clip)}.
 
 ## Use it
 
-In a script that runs LLaVA, change the name and add `trust_remote_code=True`; the rest stays:
+In a script that runs LLaVA, change these lines; the rest stays:
+
+```diff
+-model = LlavaForConditionalGeneration.from_pretrained("{base.get("repo_id", base.get("folder"))}")
+-processor = LlavaProcessor.from_pretrained("{base.get("repo_id", base.get("folder"))}")
++model = AutoModelForImageTextToText.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
++processor = AutoProcessor.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
+```
+
+From nothing, with `photo.jpg` beside the script:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -138,6 +147,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 repo = "{REPO_ID_PLACEHOLDER}"
 model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What colour is the car?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+print(processor.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
 or
@@ -145,7 +164,9 @@ or
 ```python
 from transformers import pipeline
 
-answer = pipeline("image-text-to-text", model="{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
+ask = pipeline("image-text-to-text", model="{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
+chat = [{{"role": "user", "content": content}}]
+print(ask(text=chat, max_new_tokens=50, return_full_text=False)[0]["generated_text"])
 ```
 
 The question is the text of the last user message; `processor(..., questions=[...])` overrides it.
@@ -157,8 +178,9 @@ The question is the text of the last user message; `processor(..., questions=[..
 ## Change it or switch it off
 
 ```python
-model.config.compress = False     # stock LLaVA, bit for bit
+print(model.recover_tokens(**inputs).selection.num_tokens)  # how many visual tokens stay, per image
 model.config.lof_threshold = 2.0  # fewer tokens; takes effect on the next call
+model.config.compress = False  # stock LLaVA, bit for bit
 ```
 
 | setting | value here |

@@ -333,7 +333,7 @@ def publish(
         if dry_run:
             return Publication(repo_id, f"{constants.ENDPOINT}/{repo_id}", head, None, plan, dry_run=True)
         if not exists:
-            client.create_repo(repo_id, private=private, exist_ok=True)
+            client.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
             head = client.model_info(repo_id).sha
         if exists and head is None:
             client.create_branch(repo_id, branch=branch, exist_ok=True)

@@ -24,5 +24,5 @@ def run_hub_upload(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )

@@ -24,6 +24,7 @@ from hub_upload.build import (
     BuildFailure,
     build,
     defaults_for,
+    recoverable_config,
 )
 from hub_upload.checkpoint import read_checkpoint, read_json, write_json
 from hub_upload.remote_code import executed_files, imported_libraries, listed_hashes, package_folder
@@ -141,6 +142,83 @@ def test_defaults_for_known_bases():
         defaults_for("me/other", None)
 
 
+def test_configurations_as_they_are_published():
+    """As llava-hf/llava-1.5-7b-hf writes its config.json, with defaults left out, and a CLIP of 2021, with every one."""
+    text = {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    }
+    tower = {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+    base = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.36.0.dev0",
+        "vision_config": {**tower, "vocab_size": 32000},
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }
+    old = {
+        "_name_or_path": "",
+        "add_cross_attention": False,
+        "architectures": None,
+        "bad_words_ids": None,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "is_decoder": False,
+        "max_length": 20,
+        "num_beams": 1,
+        "problem_type": None,
+        "return_dict": True,
+        "temperature": 1.0,
+        "torch_dtype": None,
+        "torchscript": False,
+        "use_bfloat16": False,
+    }
+    heads = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    clip = {
+        "architectures": ["CLIPModel"],
+        "initializer_factor": 1.0,
+        "logit_scale_init_value": 2.6592,
+        "model_type": "clip",
+        "projection_dim": 768,
+        "text_config": {**old, **heads, "model_type": "clip_text_model", "vocab_size": 49408, "projection_dim": 768},
+        "text_config_dict": None,
+        "torch_dtype": "float32",
+        "transformers_version": None,
+        "vision_config": {**old, **tower},
+        "vision_config_dict": None,
+    }
+    config, checked = recoverable_config(base, clip, {"text_relevance": "negated"})
+    assert config["text_config"] == text and config["vision_config"] == base["vision_config"]
+    assert config["question_config"]["hidden_size"] == 768 and config["question_config"]["eos_token_id"] == 2
+    assert config["text_relevance"] == "negated" and checked.num_patches == 576
+    assert "max_length" not in config["question_config"]
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -205,6 +283,14 @@ def test_incomplete_clip_is_refused(tmp_path, base, clip):
         del tensors[lost]
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         refused(message, tmp_path / "out", base, part)
+
+
+def test_tokenizer_of_another_clip_is_refused(tmp_path, base, clip):
+    other = changed_copy(clip, tmp_path / "eos")
+    config = read_json(other / "config.json")
+    config["text_config"]["eos_token_id"] += 1
+    write_json(other / "config.json", config)
+    refused("ends a question with token .* the text tower looks for", tmp_path / "out", base, other)
 
 
 def test_projection_of_another_size_is_refused(tmp_path, base, clip):

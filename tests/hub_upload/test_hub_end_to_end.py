@@ -1,6 +1,7 @@
 """What users of a published repository do, in processes of their own: load, pin, ask, push, all against loopback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,14 @@ def test_verify_a_published_repository(world):
     run = run_hub_upload(hub, folder, "verify", REPO_ID)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "all checks passed" in run.stdout
+
+
+def test_code_on_the_card_runs(world, pictures):
+    hub, folder = world
+    pictures[0].save(folder / "photo.jpg")
+    card = hub.main_files(REPO_ID)["README.md"].content.decode()
+    script = "\n".join(re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL))
+    assert script.count("trust_remote_code=True") == 3 and "OWNER/NAME" not in card
+    run = python(hub, folder / "reader", script)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("USER") == 1 and "tensor([" in run.stdout

@@ -11,7 +11,7 @@ from command_line import REPO_ID
 import hub_upload.verify as verify_module
 from hub_upload.build import EXTRA_SHARD, build
 from hub_upload.checkpoint import INDEX, file_sha256, read_json, write_json
-from hub_upload.verify import Check, table, verify
+from hub_upload.verify import Check, loading_problems, table, verify
 
 
 def failed(checks: list[Check]) -> set[str]:
@@ -105,6 +105,14 @@ def test_repository_that_does_not_exist(command_line):
 def test_report_of_a_broken_process():
     checks = verify_module.check_report({"error": "it broke"}, {})
     assert checks == [Check("loads in a fresh process", False, "it broke")]
+
+
+def test_buffers_that_stock_does_not_use_either_are_no_problem():
+    buffer = "model.language_model.layers.0.self_attn.rotary_emb.inv_freq"
+    stock = {"unexpected_keys": [buffer]}
+    assert loading_problems({"unexpected_keys": [buffer]}, stock) == {}
+    assert loading_problems({"unexpected_keys": [buffer, "lm.weight"]}, stock) == {"unexpected_keys": ["lm.weight"]}
+    assert loading_problems({}, {"missing_keys": ["lm_head.weight"]}) == {"missing_keys": ["lm_head.weight"]}
 
 
 def test_stock_base_is_the_base(built_once, base, tmp_path):
