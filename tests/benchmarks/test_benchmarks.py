@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
 from benchmarks import models, paper_release, plan, report
@@ -138,3 +139,29 @@ def test_bars_from_known_figures():
         "selector, adaptive, eager, B = 1, ms": (4.0, False),
         "largest batch, adaptive against stock": (600 / 140, True),
     }
+
+
+class LaunchedOperations(TorchDispatchMode):
+    """Counts operations that do work; views do none."""
+
+    VIEWS = frozenset(
+        "view expand unsqueeze slice select transpose permute alias detach unbind t squeeze as_strided _unsafe_view split "
+        "unfold lift_fresh empty empty_like new_empty scalar_tensor _reshape_alias".split()
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("budget", "most"), [(None, 215), (16, 245)])
+def test_selector_stays_within_its_launches(bench, budget, most):
+    """At batch 1 the selector costs what its launches cost; docs/performance.md has the history of this number."""
+    arguments = plan.random_vision(bench, 2, bench.shape.num_patches)
+    with LaunchedOperations() as launched:
+        plan.choose(*arguments, budget, bench.shape.lof_neighbors)
+    assert launched.count <= most
