@@ -1,0 +1,138 @@
+"""README and documentation say only what runs: their snippets and commands, links, messages and tables are checked.
+
+Pages on publishing, evaluation and so on are tested beside what they are about.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlavaConfig, dynamic_module_utils
+
+from recoverable_llava import RecoverableLlavaConfig
+from recoverable_llava.command_line import main
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN_PAGES = [
+    page
+    for page in PAGES
+    if page.stem not in ("publishing", "evaluation", "ablations", "performance", "checkpoint")
+]  # fmt: skip
+# Not run: they need the Hub, or the address of a repository that a test cannot know.
+NOT_RUN = ("git clone <this repository>", "hf upload OWNER/NAME")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def with_blocks(language):
+    pages = [page for page in OWN_PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=[page.stem for page in pages])
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A clone's root, in which a snippet may write."""
+    for name in ("demo", "checkpoints", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@with_blocks("python")
+def test_snippets_run_one_after_the_other(page, clone):
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_swap_in_the_readme_runs(clone):
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    new = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    old = [line[1:] for line in diff.splitlines() if line.startswith("-")]
+    assert len(old) == len(new) == 2
+    exec("from transformers import AutoModelForImageTextToText, AutoProcessor\n" + "\n".join(new), {})
+
+
+@with_blocks("bash")
+def test_commands_are_those_that_exist(page, clone):
+    """`recoverable-llava` is run here; scripts and modules have tests of their own, so here they must only be there."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        for command in filter(None, line.split("#")[0].split("&&")):
+            words = shlex.split(command)
+            if command.strip().startswith(NOT_RUN) or words[0] == "cd":
+                continue
+            if words[0] == "recoverable-llava":
+                assert main(words[1:]) == 0, command
+            elif words[0] == "make":
+                assert set(words[1:]) <= targets, command
+            elif words[:2] == ["python", "-m"]:
+                assert importlib.util.find_spec(words[2]), command
+            elif words[0] == "python":
+                assert (ROOT / words[1]).is_file(), command
+            else:
+                pytest.fail(f"{page.name} has a command that no test knows: {command}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    configuration = (tmp_path / "site/configuration/index.html").read_text()
+    assert "visual_token_budget" in configuration and "fields of RecoverableLlavaConfig" not in configuration
+
+
+def test_every_added_field_is_in_the_reference():
+    spec = importlib.util.spec_from_file_location("configuration", ROOT / "docs/scripts/configuration.py")
+    configuration = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(configuration)
+    documented = re.findall(r"^\| `(\w+)`", configuration.fields_table(), re.MULTILINE)
+    stock = set(inspect.signature(LlavaConfig).parameters)
+    added = [name for name in inspect.signature(RecoverableLlavaConfig).parameters if name not in stock]
+    assert documented == added
+    for name in documented:
+        default = re.search(rf"^\| `{name}` \|.*?<br>default (\S+)", configuration.fields_table(), re.MULTILINE)
+        expected = getattr(RecoverableLlavaConfig, name)
+        assert expected is None if default is None else ast.literal_eval(default[1].strip("`")) == expected
+
+
+def test_troubleshooting_quotes_real_messages():
+    sources = [*(ROOT / "recoverable_llava").glob("*.py"), Path(dynamic_module_utils.__file__)]
+    constants = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                constants.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                constants.append(node.value)
+    text = "\n".join(constants).replace("`", "'")
+    quoted = re.findall(r"\*\*`(.+?)`\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    assert len(quoted) > 10
+    missing = [message for message in quoted if message not in text]
+    assert not missing
+
+
+def test_versions_are_those_that_are_tested():
+    page = (ROOT / "docs/compatibility.md").read_text()
+    (newest,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    (lowest,) = re.findall(r'"transformers>=(\S+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"{lowest}.0 (the lowest declared) and {newest}" in page
