@@ -137,10 +137,8 @@ class RecoverableLlavaModel(LlavaModel):
         attention_layer = config.attention_layer % num_layers
         feature_layers = [layer] if isinstance(layer, int) else list(layer)
 
-        # Only these hidden states are kept in memory, where transformers can select them.
-        used = {index % (num_layers + 1) for index in (*feature_layers, attention_layer, num_layers - 1, num_layers)}
-        outputs = self.vision_tower(pixel_values, output_hidden_states=sorted(used), return_dict=True)
-        hidden_states = outputs.hidden_states
+        # All of them: which states a list of indices selects differs between transformers 5.12, 5.17 and 5.23.
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         features = torch.cat([hidden_states[index] for index in feature_layers], dim=-1)
         with torch.no_grad():
             visual_scores, keys = self._class_attention(
