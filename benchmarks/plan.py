@@ -225,7 +225,7 @@ def captured(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     with unchecked():
         first = Captured(lambda: bench.first_token(model, inputs))
-    time = milliseconds(first, 2 * bench.repeats)
+    time = milliseconds(first, bench.repeats, warm_up=1)
     yield bench.row(batch_size, method, "captured", "first_token_ms", time)
     token, cache = first.result
     length = cache.get_seq_length()
