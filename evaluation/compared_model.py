@@ -123,11 +123,11 @@ def gather_evidence(
     project_text = model.question_tower.text_projection
 
     embeds = model.get_question_embeds(question_input_ids)
-    relevance = {}
+    relevance_embeds = {}
     for name in ("projected", "negated", "value"):
         with configured(model.config, text_relevance=name):
-            patch_embeds = model._relevance_embeds(tower, hidden_states)[row_of_question]
-        relevance[name] = (patch_embeds @ embeds[:, :, None]).squeeze(2)
+            relevance_embeds[name] = model._relevance_embeds(tower, hidden_states)[row_of_question]
+    relevance = {name: (each @ embeds[:, :, None]).squeeze(2) for name, each in relevance_embeds.items()}
 
     # A question's own tokens stand between its start and its end token.
     mask = question_attention_mask.bool()
@@ -150,6 +150,7 @@ def gather_evidence(
         question_token_embeddings=project_text(questions.last_hidden_state),
         question_token_mask=mask,
         constant_guide=project_text(constant).expand(len(embeds), -1),
+        relevance_embeds=relevance_embeds,
         relevance=relevance,
     )
 

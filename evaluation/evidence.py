@@ -28,4 +28,5 @@ class Evidence:
     question_token_embeddings: torch.Tensor  # [B, T, J] every token of the question, projected
     question_token_mask: torch.Tensor  # [B, T] bool: the question's own tokens
     constant_guide: torch.Tensor  # [B, J] the system prompt at the last padded position, projected
-    relevance: dict[str, torch.Tensor]  # name of a text_relevance of the model -> [B, N]
+    relevance_embeds: dict[str, torch.Tensor]  # name of a text_relevance of the model -> [B, N, J]
+    relevance: dict[str, torch.Tensor]  # the same times the question's embedding -> [B, N]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from evaluation import peers
+from evaluation.ablations import ABLATIONS
 from evaluation.evidence import Evidence
 from evaluation.report import ALL_TOKENS
 from recoverable_llava.token_recovery import Assembly
@@ -87,12 +88,15 @@ METHODS: dict[str, Method] = {
 
 
 def find_methods(names: list[str]) -> dict[str, Method]:
-    """The methods with these names, the one with all tokens first.
+    """The methods with these names, the one with all tokens first; "ablations" stands for all of them.
 
     Raises:
         ValueError: naming what is unknown and what there is.
     """
-    unknown = [name for name in names if name not in METHODS]
+    known = METHODS | {name: Method(rule) for name, rule in ABLATIONS.items()}
+    groups = {"ablations": list(ABLATIONS)}
+    wanted = [name for group in names for name in groups.get(group, [group])]
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ValueError(f"Unknown methods {unknown}: choose among {sorted(METHODS)}.")
-    return {name: METHODS[name] for name in dict.fromkeys([ALL_TOKENS, *names])}
+        raise ValueError(f"Unknown methods {unknown}: choose among {sorted([*known, *groups])}.")
+    return {name: known[name] for name in dict.fromkeys([ALL_TOKENS, *wanted])}

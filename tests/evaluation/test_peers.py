@@ -44,8 +44,20 @@ def make_evidence(seed: int, batch_size: int = 3) -> Evidence:
         question_token_embeddings=normal(TOKENS, JOINT),
         question_token_mask=mask,
         constant_guide=normal(JOINT),
-        relevance={"negated": normal(PATCHES), "value": normal(PATCHES)},
+        relevance_embeds={name: normal(PATCHES, JOINT) for name in ("projected", "negated", "value")},
+        relevance={name: normal(PATCHES) for name in ("projected", "negated", "value")},
     )
+
+
+def row_of(evidence: Evidence, row: int) -> Evidence:
+    """One image and question of a batch."""
+
+    def cut(value):
+        if isinstance(value, dict):
+            return {name: cut(part) for name, part in value.items()}
+        return value[row : row + 1] if isinstance(value, torch.Tensor) else value
+
+    return Evidence(**{name: cut(value) for name, value in vars(evidence).items()})
 
 
 def tokens_of(rule, evidence: Evidence, budget: int | None) -> list[torch.Tensor]:
@@ -281,10 +293,8 @@ def test_budget_is_met_and_rows_are_independent(rule, budget):
     assert torch.isfinite(tokens).all()
     if rule is peers.random_patches:
         return
-    alone = {
-        name: value[1:2] if isinstance(value, torch.Tensor) else value for name, value in vars(evidence).items()
-    } | {"relevance": {name: value[1:2] for name, value in evidence.relevance.items()}}
-    torch.testing.assert_close(gather_tokens(alone["patches"], rule(Evidence(**alone), budget))[0], tokens[1])
+    alone = row_of(evidence, 1)
+    torch.testing.assert_close(gather_tokens(alone.patches, rule(alone, budget))[0], tokens[1])
 
 
 @pytest.mark.parametrize("budget", [1, 6, 12, 13, PATCHES])
