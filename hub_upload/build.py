@@ -118,6 +118,8 @@ def build(
         raise ValueError(
             f"{unknown[0]}={recovery[unknown[0]]!r} is no recovery setting; they are {[*RECOVERY_SETTINGS]}"
         )
+    if chat_template is not None and not Path(chat_template).is_file():
+        raise ValueError(f"chat_template={str(chat_template)!r} does not exist: pass a Jinja file")
     refuse_existing(output)
     clip, settings = defaults_for(base, clip)
     base_source = fetch_source(base, base_revision, token, "base")
@@ -194,7 +196,7 @@ def checked_sha256(source: Source, shards: list[str]) -> dict[str, str]:
     if damaged:
         raise ValueError(
             f"{', '.join(damaged)} of {source.name} in the local cache differs from the Hub: it is damaged. Delete "
-            f"{source.folder} and run the command again"
+            f"{source.folder.parents[1]} and run the command again"
         )
     return actual
 

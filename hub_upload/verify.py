@@ -50,12 +50,13 @@ def verify(
         raise ValueError(
             f"revision={revision!r} belongs to a repo id, but target={str(target)!r} is a folder: leave it out"
         )
+    if image is not None and not Path(image).is_file():
+        raise ValueError(f"image={str(image)!r} does not exist: pass a picture file")
     if not is_folder:
         folder, commit = fetch_repository(str(target), revision, token)
-    if not (folder / PROVENANCE).is_file():
-        raise ValueError(
-            f"target={str(target)!r} has no {PROVENANCE}: it was not built by `python -m hub_upload build`"
-        )
+    for name in (PROVENANCE, PAGE):
+        if not (folder / name).is_file():
+            raise ValueError(f"target={str(target)!r} has no {name}: it was not built by `python -m hub_upload build`")
     try:
         checks = check_files(folder)
     except ValueError as error:
@@ -67,7 +68,7 @@ def verify(
             "target": str(folder.resolve()) if is_folder else str(target),
             "revision": commit,
             "question": question,
-            "image": str(image) if image else None,
+            "image": str(Path(image).resolve()) if image else None,
             "device": device,
             "max_new_tokens": max_new_tokens,
         },

@@ -143,7 +143,7 @@ def test_defaults_for_known_bases():
 
 
 def test_configurations_as_they_are_published():
-    """As llava-hf/llava-1.5-7b-hf writes its config.json, with defaults left out, and a CLIP of 2021, with every one."""
+    """As llava-hf/llava-1.5-7b-hf writes its config.json, defaults left out, and a CLIP of 2021, with every one."""
     text = {
         "_name_or_path": "lmsys/vicuna-7b-v1.5",
         "architectures": ["LlamaForCausalLM"],
@@ -238,6 +238,7 @@ def test_wrong_arguments(tmp_path, base, clip):
     refused("base_revision='main' belongs to a repo id", output, base, clip, base_revision="main")
     refused("no such folder", output, "./nowhere", clip)
     refused("no such folder", output, "/no/where/at/all", clip)
+    refused("chat_template='none.jinja' does not exist", output, base, clip, chat_template="none.jinja")
     refused("results='.*' cannot be read", output, base, clip, results=tmp_path / "none.json")
     (tmp_path / "results.json").write_text('[{"name": "VQAv2", "value": 70}]')
     refused("keys name, value and command", output, base, clip, results=tmp_path / "results.json")

@@ -1,6 +1,7 @@
 """hub_upload.publish against a Hub on loopback: what arrives, what is not sent twice, every failure that it names."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,9 @@ def test_damaged_download_is_found(hub_with_sources, command_line, built_from_hu
     assert run.returncode == 1
     assert f"{SHARDS[0]} of {BASE_ID} in the local cache differs from the Hub" in run.stderr, run.stderr
     assert not (tmp_path / "out").exists()
+    shutil.rmtree(re.search(r"Delete (\S+) and run the command again", run.stderr).group(1))
+    again = command_line("build", BASE_ID, "--clip", CLIP_ID, "--output", "out", *SETTINGS)
+    assert again.returncode == 0, again.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- failures

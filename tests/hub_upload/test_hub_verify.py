@@ -74,8 +74,13 @@ def test_pickles_and_missing_classes_are_found(built, not_executed):
 def test_wrong_targets(built, tmp_path):
     with pytest.raises(ValueError, match="belongs to a repo id"):
         verify(built, revision="main")
+    with pytest.raises(ValueError, match="pass a picture file"):
+        verify(built, image=tmp_path / "none.png")
     with pytest.raises(ValueError, match="not built by"):
         verify(tmp_path)
+    (built / "trust_remote_code.md").unlink()
+    with pytest.raises(ValueError, match="has no trust_remote_code.md"):
+        verify(built)
 
 
 def test_weights_that_the_model_misses_are_found(tmp_path, llava_folder, clip, command_line, base):
