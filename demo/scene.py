@@ -1,7 +1,7 @@
-"""The picture that the demo asks about: a test scene that the embedded checkpoint was never trained on.
+"""The picture that the demo asks about: a scene of the kind that the embedded checkpoint was trained on, held out.
 
-`scene.png` is the first one of the test split, drawn by `training.examples.scene_examples("test", 1)`; the pictures of
-objects on it are Noto Emoji (SIL Open Font License). Questions and answers follow from the scene itself.
+`scene.png` was drawn as a test scene by `training/` (commit 5312e3e). The pictures of objects on it are Noto Emoji (SIL
+Open Font License). The answers are what the picture shows.
 """
 
 from pathlib import Path
