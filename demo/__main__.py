@@ -8,6 +8,7 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers import pipeline
 from transformers.utils import logging
@@ -29,7 +30,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    answerer = pipeline("image-text-to-text", model=arguments.model, trust_remote_code=True)
+    dtype = "auto" if torch.cuda.is_available() else "float32"  # the fastest on either
+    answerer = pipeline("image-text-to-text", model=arguments.model, trust_remote_code=True, dtype=dtype)
     picture = Image.open(arguments.image).convert("RGB")
     print(f"Model: {arguments.model}\nPicture: {arguments.image}\n")
 

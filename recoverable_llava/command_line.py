@@ -35,6 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     shared.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
+    shared.add_argument(
         "--max-new-tokens", type=_at_least_one, default=128, help="longest answer (default: %(default)s)"
     )
     compression = shared.add_mutually_exclusive_group()
@@ -86,7 +91,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"There is no folder {EMBEDDED_CHECKPOINT!r} here: run this in a clone of recoverable-llava, or name a "
             "folder or Hub repo with --model."
         )
-    return load(arguments.model, arguments.device)
+    return load(arguments.model, arguments.device, arguments.dtype)
 
 
 def _ask(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ OWN_PAGES = [
     if page.stem not in ("publishing", "evaluation", "ablations", "performance", "checkpoint")
 ]  # fmt: skip
 # Not run: they need the Hub, or the address of a repository that a test cannot know.
-NOT_RUN = ("git clone <this repository>", "hf upload OWNER/NAME")
+NOT_RUN = ("git clone <this repository>", "hf upload OWNER/NAME", "source .venv/bin/activate")
 
 
 def blocks(page, language):
