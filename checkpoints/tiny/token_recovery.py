@@ -1,0 +1,346 @@
+"""Recoverable compression: which patches of an image become visual tokens. The whole method, top to bottom.
+
+Source: Chen et al., "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information"
+(arXiv 2409.01179, AAAI 2025), section "Method". Training-free:
+
+    1. visual filter          as many patches as the class attention has outliers stay, by class attention;
+    2. text-guided recovery   patches that the question needs come back, by relevance to the question;
+    3. merging                the rest is merged into a few tokens, by nearest neighbours;
+    4. assembly               all of them in raster order, merged tokens last.
+
+Every step is a pure function of tensors for a whole batch: ragged results are boolean masks [B, N], no step loops over
+images, patches or centres, and nothing is copied to the host. The one number that a caller in adaptive mode needs on
+the host, the longest image's token count, is part of the result.
+
+Where this parts from the paper's released code: docs/deviations.md.
+
+B images, N patches, C channels, K kept tokens, M merged tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .local_outlier_factor import local_outlier_factor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which patches stay, which come back, and which become centres of merged tokens.
+
+    The three masks are disjoint. `num_tokens` is their sum plus one for the remaining token, where there is one.
+    """
+
+    kept_by_vision: torch.Tensor  # [B, N] bool
+    recovered_by_text: torch.Tensor  # [B, N] bool
+    merge_centres: torch.Tensor  # [B, N] bool
+    merges_remaining: torch.Tensor  # [B] bool: one more token stands for the patches that no centre absorbs
+    num_visual: torch.Tensor  # [B] long
+    num_text: torch.Tensor  # [B] long
+    num_merged: torch.Tensor  # [B] long, the remaining token included
+    num_tokens: torch.Tensor  # [B] long
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How the kept tokens are made of patches: `tokens = gather([patches, merge_weights @ patches], token_index)`."""
+
+    merge_weights: torch.Tensor  # [B, M, N] float32, each row a weighted mean over patches (or zero where unused)
+    token_index: torch.Tensor  # [B, K] long into the N patches followed by the M merged tokens
+    token_mask: torch.Tensor  # [B, K] bool: False where an image has fewer than K tokens
+
+
+def select_tokens(
+    visual_scores: torch.Tensor,
+    text_scores: torch.Tensor | None = None,
+    has_question: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
+    *,
+    novelty_threshold: float = 0.3,
+    text_share: float = 0.5,
+    visual_lof_neighbors: int = 20,
+    text_lof_neighbors: int = 20,
+    merge_lof_neighbors: int = 10,
+    lof_threshold: float = 1.5,
+    merge_centres: bool = True,
+    merge_remaining: bool = True,
+    min_visual_tokens: int = 1,
+    max_visual_tokens: int | None = None,
+    visual_token_budget: int | None = None,
+) -> Selection:
+    """Steps 1 to 3: how many tokens each step is due, and which patches they are.
+
+    Without `features` this is the paper: outliers of the scores count, and the highest scores stay. With them, every
+    score is weighed by its patch's novelty, the distance to the most similar patch with a higher score, so that no
+    token is spent on a near copy of another; and the patches that are novel enough count.
+
+    Args:
+        visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
+        text_scores: [B, N] relevance of each patch to the question; None leaves step 2 out.
+        has_question: [B] bool; False leaves step 2 out for that image. None means all True.
+        valid: [B, N] bool; False for patches that hold no picture (padding of tiled models). None means all True.
+        features: [B, N, C] whose cosine distances tell how much two patches differ; None for the paper's selection.
+        novelty_threshold: with features, a patch counts when its novelty is above this share of the mean distance.
+        text_share: with features, the share of the counted tokens that the question chooses.
+        visual_lof_neighbors, text_lof_neighbors, merge_lof_neighbors: neighbours of the Local Outlier Factor.
+        lof_threshold: a score is an outlier when its Local Outlier Factor is above this.
+        merge_centres: merge left-over patches around centres, as many as their class attention has outliers.
+        merge_remaining: one more token for the patches that no centre absorbs.
+        min_visual_tokens: the visual filter keeps at least this many (or all valid patches, if fewer).
+        max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
+        visual_token_budget: exact number of an image's tokens, split among the three kinds in proportion to what the
+            count of each asks for. Every image must have at least this many valid patches.
+
+    Raises:
+        ValueError: if shapes disagree, or a budget or bound does not fit into N.
+    """
+    num_patches = visual_scores.shape[-1]
+    for name, scores in {"text_scores": text_scores, "valid": valid}.items():
+        if scores is not None and scores.shape != visual_scores.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(scores.shape)}, but visual_scores {tuple(visual_scores.shape)}: pass one "
+                "value per patch of each image."
+            )
+    for name, limit in {"visual_token_budget": visual_token_budget, "max_visual_tokens": max_visual_tokens}.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}.")
+    if visual_token_budget is not None and visual_token_budget > num_patches:
+        raise ValueError(
+            f"visual_token_budget ({visual_token_budget}) is larger than the number of patches of an image "
+            f"({num_patches}): lower it, or switch compression off."
+        )
+    among_valid = valid
+    if valid is None:
+        valid = torch.ones_like(visual_scores, dtype=torch.bool)
+    if has_question is None:
+        has_question = valid.new_ones(len(visual_scores))
+    visual_scores = _lowest_where_not_finite(visual_scores, valid)
+    if text_scores is not None:
+        text_scores = _lowest_where_not_finite(text_scores, valid)
+    num_valid = valid.sum(1)
+    distance = None if features is None else _cosine_distance(features)  # [B, N, N]
+
+    # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention.
+    if distance is None:
+        num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
+        num_novel = None
+        by_vision = _descending(visual_scores)
+    else:
+        novelty = _novelty(visual_scores, distance, valid)
+        is_novel = novelty > novelty_threshold * _mean_distance(distance, valid)[:, None]
+        num_novel = (is_novel & valid).sum(1)
+        for_text = 0 if text_scores is None else (text_share * num_novel).long() * has_question
+        num_visual = num_novel - for_text
+        by_vision = _descending(visual_scores * novelty)
+    num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
+    kept_by_vision = _first(by_vision, num_visual, valid)
+
+    # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
+    # is the share of the other patches to recover.
+    def by_relevance(kept: torch.Tensor) -> torch.Tensor:
+        if distance is None:
+            return _descending(text_scores)
+        novelty = _novelty(text_scores.masked_fill(kept, torch.inf), distance, valid)
+        return _descending(_above_lowest(text_scores, valid) * novelty)
+
+    if text_scores is None:
+        num_text = torch.zeros_like(num_visual)
+        recovered_by_text = torch.zeros_like(valid)
+    else:
+        if num_novel is None:
+            lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+            unmet = torch.where(kept_by_vision, lowest, text_scores)
+            outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
+            num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1)
+        else:
+            num_text = (num_novel - num_visual).clamp(min=0)
+        num_text = num_text * has_question
+        recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
+
+    # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
+    left_over = valid & ~(kept_by_vision | recovered_by_text)
+    if merge_centres:
+        num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
+    else:
+        num_centres = torch.zeros_like(num_visual)
+    merges_remaining = (num_centres < left_over.sum(1)) & merge_remaining
+    num_merged = num_centres + merges_remaining
+
+    # Budget: with an exact or a largest number of tokens, the three kinds share it as their outliers ask.
+    asked = torch.stack([num_visual, num_text, num_merged], dim=1)
+    total = asked.sum(1)
+    if visual_token_budget is not None:
+        total = num_valid.clamp(max=visual_token_budget)
+    elif max_visual_tokens is not None:
+        total = total.clamp(max=max_visual_tokens)
+    if visual_token_budget is not None or max_visual_tokens is not None:
+        num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
+        kept_by_vision = _first(by_vision, num_visual, valid)
+        if text_scores is not None:
+            recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
+        left_over = valid & ~(kept_by_vision | recovered_by_text)
+        merges_remaining = (num_merged > 0) & (num_merged < left_over.sum(1)) & merge_remaining
+    centres = _first(_descending(visual_scores), num_merged - merges_remaining.long(), left_over)
+
+    return Selection(
+        kept_by_vision=kept_by_vision,
+        recovered_by_text=recovered_by_text,
+        merge_centres=centres,
+        merges_remaining=merges_remaining,
+        num_visual=num_visual,
+        num_text=num_text,
+        num_merged=num_merged,
+        num_tokens=num_visual + num_text + num_merged,
+    )
+
+
+def assemble_tokens(
+    selection: Selection,
+    visual_scores: torch.Tensor,
+    keys: torch.Tensor,
+    text_scores: torch.Tensor | None = None,
+    has_question: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    *,
+    num_tokens: int,
+    num_merged: int,
+    merge_neighbors: int = 32,
+    text_merge_weight: float = 50.0,
+) -> Assembly:
+    """Steps 3 and 4: what each merged token is made of, and the order of all tokens.
+
+    A centre absorbs the `merge_neighbors` left-over patches that are nearest to it, by cosine similarity of the keys
+    less `text_merge_weight` times the difference in relevance to the question. A patch may be absorbed by several
+    centres. The merged token is the mean of the centre and what it absorbed, weighted by class attention, so that it
+    stays on the scale of a real token. What no centre absorbs becomes the remaining token (all left-over patches, in
+    case the centres absorb every one).
+
+    Args:
+        selection: of the same images, from `select_tokens`.
+        visual_scores, text_scores, has_question, valid: as given to `select_tokens`.
+        keys: [B, N, C] attention keys of the patches.
+        num_tokens, num_merged: K and M, at least the largest `selection.num_tokens` and `selection.num_merged`.
+        merge_neighbors: how many patches a centre absorbs.
+        text_merge_weight: weight of the difference in relevance.
+    """
+    batch_size, num_patches = visual_scores.shape
+    kept = selection.kept_by_vision | selection.recovered_by_text
+    absorbable = ~(kept | selection.merge_centres)
+    if valid is not None:
+        absorbable = absorbable & valid
+
+    # Step 3: one row of weights per centre, centres in raster order.
+    centre = _first_true(selection.merge_centres, num_merged)  # [B, M]
+    slot = torch.arange(num_merged, device=keys.device)
+    num_centres = selection.merge_centres.sum(1, keepdim=True)
+    is_centre = slot < num_centres
+    keys = torch.nn.functional.normalize(keys.float(), dim=-1)
+    affinity = keys.gather(1, centre[:, :, None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)  # [B, M, N]
+    if text_scores is not None:
+        text_scores = _lowest_where_not_finite(text_scores, torch.ones_like(kept) if valid is None else valid)
+        if has_question is not None:
+            text_scores = text_scores * has_question[:, None]
+        difference = (text_scores.gather(1, centre)[:, :, None] - text_scores[:, None, :]).abs()
+        affinity = affinity - text_merge_weight * difference
+    nearest = affinity.masked_fill(~absorbable[:, None, :], -torch.inf).topk(min(merge_neighbors, num_patches)).indices
+    absorbed = torch.zeros_like(affinity, dtype=torch.bool).scatter_(2, nearest, True)
+    absorbed = absorbed & absorbable[:, None, :] & is_centre[:, :, None]
+    absorbed = absorbed.scatter_(2, centre[:, :, None], is_centre[:, :, None])  # and itself
+
+    unabsorbed = absorbable & ~absorbed.any(1)
+    unabsorbed = torch.where(unabsorbed.any(1, keepdim=True), unabsorbed, absorbable)
+    is_remaining = (slot == num_centres) & selection.merges_remaining[:, None]
+    members = absorbed | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
+    smallest = torch.finfo(torch.float32).tiny
+    attention = visual_scores.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=smallest)
+    weights = members * attention[:, None]
+    merge_weights = weights / weights.sum(2, keepdim=True).clamp(min=smallest)
+
+    # Step 4: kept patches in raster order, then the merged tokens.
+    exists = torch.cat([kept, is_centre | is_remaining], dim=1)
+    return Assembly(
+        merge_weights=merge_weights,
+        token_index=_first_true(exists, num_tokens),
+        token_mask=torch.arange(num_tokens, device=keys.device) < selection.num_tokens[:, None],
+    )
+
+
+def gather_tokens(patches: torch.Tensor, assembly: Assembly) -> torch.Tensor:
+    """The kept tokens [B, K, C] of the patches [B, N, C]; zero where `assembly.token_mask` is False."""
+    merged = assembly.merge_weights.to(patches.dtype) @ patches
+    index = assembly.token_index[:, :, None].expand(-1, -1, patches.shape[-1])
+    tokens = torch.cat([patches, merged], dim=1).gather(1, index)
+    return tokens.masked_fill(~assembly.token_mask[:, :, None], 0)
+
+
+def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Scores [B, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
+    scores = scores.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    lowest = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
+    return torch.where(scores < torch.inf, scores, lowest)
+
+
+def _num_outliers(
+    scores: torch.Tensor, valid: torch.Tensor | None, num_neighbors: int, threshold: float
+) -> torch.Tensor:
+    """[B] number of valid scores whose Local Outlier Factor is above the threshold."""
+    return (local_outlier_factor(scores, num_neighbors, valid) > threshold).sum(1)
+
+
+def _cosine_distance(features: torch.Tensor) -> torch.Tensor:
+    """[B, N, N] one minus the cosine between the features [B, N, C] of every two patches."""
+    directions = torch.nn.functional.normalize(features.float().nan_to_num(0, 0, 0), dim=-1)
+    return 1 - directions @ directions.transpose(1, 2)
+
+
+def _mean_distance(distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B] mean of the distances [B, N, N] between valid patches."""
+    weight = valid.to(distance.dtype)
+    total = (distance @ weight[:, :, None]).squeeze(2).mul(weight).sum(1)
+    return total / weight.sum(1).square().clamp(min=1)
+
+
+def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, N] distance of each patch to the nearest valid one with a higher score; 2, the largest, for the best.
+
+    With the score itself, this finds density peaks (Rodriguez & Laio, Science 2014) without choosing them one by one.
+    """
+    rank = torch.empty_like(valid, dtype=torch.long)
+    order = _descending(scores.masked_fill(~valid, -torch.inf))
+    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+    is_better = (rank[:, None, :] < rank[:, :, None]) & valid[:, None, :]
+    return distance.masked_fill(~is_better, 2.0).amin(2)
+
+
+def _above_lowest(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Scores [B, N] shifted so that the lowest valid one of each row is 0."""
+    return (scores - scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)).clamp(min=0)
+
+
+def _descending(scores: torch.Tensor) -> torch.Tensor:
+    """[B, N] indices of the scores from the highest to the lowest; the first of equal ones first."""
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def _first(order: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """[B, N] mask of the first `count` [B] patches within the mask `among`, in the order `order` [B, N] of indices."""
+    candidates = among.gather(1, order)
+    is_first = candidates & (candidates.cumsum(1) <= count[:, None])
+    return torch.empty_like(among).scatter_(1, order, is_first)
+
+
+def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, count] indices of the True entries of each row, in order; rows with fewer go on with indices of False."""
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _apportion(asked: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Split `total` [B] tokens in proportion to `asked` [B, kinds], exactly, by largest remainders."""
+    product = asked * total[:, None]
+    whole = asked.sum(1, keepdim=True).clamp(min=1)
+    shares, remainders = product // whole, product % whole
+    left = total[:, None] - shares.sum(1, keepdim=True)
+    by_remainder = remainders.argsort(dim=1, descending=True, stable=True)
+    extra = (torch.arange(asked.shape[1], device=asked.device) < left).to(shares.dtype)
+    return shares + torch.empty_like(shares).scatter_(1, by_remainder, extra)
