@@ -21,6 +21,8 @@ from recoverable_llava.token_recovery import Assembly
 # The paper's hyperparameters and its text relevance, on our implementation (docs/deviations.md).
 PAPER_SETTINGS: dict[str, Any] = {
     "attention_layer": -1,
+    "diversity": False,
+    "merge_centres": True,
     "visual_lof_neighbors": 20,
     "text_lof_neighbors": 20,
     "merge_lof_neighbors": 10,

@@ -12,6 +12,12 @@ from transformers.models.auto import modeling_auto
 
 TEXT_RELEVANCES = ("projected", "negated", "value")
 
+# What `use_preset` sets. "paper" is the method as published, "default" what docs/evaluation.md found to answer best.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"diversity": True, "text_relevance": "value", "merge_centres": False},
+    "paper": {"diversity": False, "text_relevance": "projected", "merge_centres": True},
+}
+
 # `save_pretrained` writes one entry per registered class; a repo needs all of them.
 AUTO_MAP = {
     "AutoConfig": "configuration_recoverable_llava.RecoverableLlavaConfig",
@@ -32,6 +38,15 @@ class RecoverableLlavaConfig(LlavaConfig):
             False switches compression off: the model is then stock LLaVA, bit for bit.
         attention_layer (`int`, defaults to -1):
             Layer of the vision tower whose class attention scores the patches and whose keys steer the merging.
+        diversity (`bool`, defaults to `True`):
+            Weigh every score by its patch's novelty, the cosine distance to the most similar patch with a higher score,
+            and count the patches that are novel enough. False is the paper's selection: the highest scores stay, as
+            many as the scores have outliers.
+        novelty_threshold (`float`, defaults to 0.3):
+            With diversity, a patch counts when its novelty is above this share of the image's mean distance between
+            patches. Higher keeps fewer tokens.
+        text_share (`float`, defaults to 0.5):
+            With diversity, the share of the counted tokens that the question chooses; class attention has the rest.
         visual_lof_neighbors (`int`, defaults to 20):
             Neighbours of the Local Outlier Factor (LOF) in step 1, the visual filter.
         text_lof_neighbors (`int`, defaults to 20):
@@ -45,6 +60,8 @@ class RecoverableLlavaConfig(LlavaConfig):
             `"projected"` of the last layer's patch (the paper); `"negated"`, minus that of the layer before (as
             published for CLIP ViT-L/14-336 by TRIM and CDPruner); `"value"` of the last layer with its attention
             replaced by the identity (MaskCLIP).
+        merge_centres (`bool`, defaults to `False`):
+            Merge left-over patches around centres, as many as their class attention has outliers, as the paper does.
         merge_neighbors (`int`, defaults to 32):
             How many left-over patches a centre absorbs into its merged token.
         text_merge_weight (`float`, defaults to 50.0):
@@ -67,11 +84,15 @@ class RecoverableLlavaConfig(LlavaConfig):
     question_config: Any = None
     compress: bool = True
     attention_layer: int = -1
+    diversity: bool = True
+    novelty_threshold: float = 0.3
+    text_share: float = 0.5
     visual_lof_neighbors: int = 20
     text_lof_neighbors: int = 20
     merge_lof_neighbors: int = 10
     lof_threshold: float = 1.5
     text_relevance: str = "value"
+    merge_centres: bool = False
     merge_neighbors: int = 32
     text_merge_weight: float = 50.0
     merge_remaining: bool = True
@@ -87,6 +108,13 @@ class RecoverableLlavaConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.validate_recovery()
+
+    def use_preset(self, name: str) -> None:
+        """Set the fields of the recovery to a named preset, `"default"` or `"paper"`; see `PRESETS`."""
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; choose one of {tuple(PRESETS)}.")
+        for field, value in PRESETS[name].items():
+            setattr(self, field, value)
 
     @property
     def num_patches(self) -> int:
@@ -112,7 +140,7 @@ class RecoverableLlavaConfig(LlavaConfig):
         num_layers, num_patches = self.vision_config.num_hidden_layers, self.num_patches
         if self.text_relevance not in TEXT_RELEVANCES:
             raise ValueError(f"text_relevance must be one of {TEXT_RELEVANCES}, got {self.text_relevance!r}.")
-        for name in ("compress", "merge_remaining"):
+        for name in ("compress", "diversity", "merge_centres", "merge_remaining"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         ranges: dict[str, tuple[float, float]] = {
@@ -135,10 +163,13 @@ class RecoverableLlavaConfig(LlavaConfig):
                     f"{name} must be a whole number {allowed} for this vision tower ({num_patches} patches, "
                     f"{num_layers} layers), got {value!r}."
                 )
-        for name, lowest in {"lof_threshold": 1.0, "text_merge_weight": 0.0}.items():
+        limits = {"lof_threshold": 1.0, "text_merge_weight": 0.0, "novelty_threshold": 0.0, "text_share": 0.0}
+        for name, lowest in limits.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least {lowest}, got {value!r}.")
+        if self.text_share > 1:
+            raise ValueError(f"text_share must be at most 1.0, got {self.text_share!r}.")
 
 
 # `transformers serve` and `pipeline` look an architecture up by the name of its model type, which remote code cannot

@@ -209,10 +209,14 @@ class RecoverableLlavaModel(LlavaModel):
             vision.visual_scores,
             text_scores,
             has_question,
+            features=vision.patches if config.diversity else None,
+            novelty_threshold=config.novelty_threshold,
+            text_share=config.text_share,
             visual_lof_neighbors=config.visual_lof_neighbors,
             text_lof_neighbors=config.text_lof_neighbors,
             merge_lof_neighbors=config.merge_lof_neighbors,
             lof_threshold=config.lof_threshold,
+            merge_centres=config.merge_centres,
             merge_remaining=config.merge_remaining,
             min_visual_tokens=config.min_visual_tokens,
             max_visual_tokens=None if limit is None else limit - vision.num_class_tokens,
@@ -624,8 +628,8 @@ class RecoverableLlavaModel(LlavaModel):
         if outputs.past_key_values is not None:
             original_mask = torch.ones_like(short.spread) if new_mask is None else new_mask.long()
             past = history or empty_history(original_mask)
-            past.extended(ids, original_mask, short.input_ids, short.attention_mask).attach(outputs.past_key_values)
-        if short.input_ids.shape[1] != tokens.shape[1]:
+            past.extended(ids, original_mask, short).attach(outputs.past_key_values)
+        if short.is_shortened:
             outputs.last_hidden_state = spread_over_original(outputs.last_hidden_state, short)
             if outputs.hidden_states is not None:
                 outputs.hidden_states = tuple(spread_over_original(states, short) for states in outputs.hidden_states)
@@ -908,7 +912,7 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             visual_embeds = nn.functional.pad(visual_embeds, (0, 0, cached_length, 0))
         if position_ids is not None and not cached_length:
             kwargs["position_ids"] = short.position_ids
-        extended = history.extended(new_ids, new_mask.long(), short.input_ids, short.attention_mask)
+        extended = history.extended(new_ids, new_mask.long(), short)
         return GenerationPrompt(
             given_ids=input_ids,
             loop_ids=extended.short_input_ids if is_full else short.input_ids,

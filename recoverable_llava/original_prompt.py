@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .prompt_shortening import CompressedHistory
+from .prompt_shortening import CompressedHistory, unshortened_prompt
 
 
 @dataclass
@@ -35,9 +35,8 @@ class GenerationPrompt:
         if len(sequences) != self._num_cached_rows(cache):
             return  # beams: the rows of the cache are not those of the sequences, and stock cannot go on from it either
         answer = sequences[:, self.loop_ids.shape[1] :]
-        present = torch.ones_like(answer)
         history = self.history.repeated(len(sequences) // len(self.given_ids))
-        history = history.extended(answer, present, answer, present)
+        history = history.extended(answer, torch.ones_like(answer), unshortened_prompt(answer, None, None))
         history.cropped(int(cache.get_seq_length())).attach(cache)
 
     @staticmethod

@@ -37,6 +37,7 @@ class ShortPrompt:
     position_ids: torch.Tensor  # [B, S] long
     source: torch.Tensor  # [B, S] long, the original position of each token (anything where masked)
     spread: torch.Tensor  # [B, L] long, for each original position the short one whose output stands for it
+    is_shortened: bool  # False where nothing can have moved; True even if no row lost a token
 
 
 def locate_placeholders(input_ids: torch.Tensor, image_token_id: int, per_image: int, num_images: int) -> Placeholders:
@@ -103,6 +104,7 @@ def shorten_prompt(
         position_ids=short_positions.masked_fill(~short_mask, 0),
         source=source,
         spread=spread,
+        is_shortened=True,
     )
 
 
@@ -119,6 +121,7 @@ def unshortened_prompt(
         position_ids=counted if position_ids is None else position_ids.expand_as(input_ids),
         source=positions,
         spread=positions,
+        is_shortened=False,
     )
 
 
@@ -152,17 +155,16 @@ class CompressedHistory:
     irreducible_length: int  # short tokens up to and with the last compressed prompt: a crop must not go below
 
     def extended(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short_ids: torch.Tensor, short_mask: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short: ShortPrompt
     ) -> "CompressedHistory":
-        """The history after another prompt [B, L], of which [B, S] was cached."""
-        is_compressed = short_ids.shape[1] != input_ids.shape[1]
-        short_input_ids = torch.cat([self.short_input_ids, short_ids], dim=1)
+        """The history after another prompt [B, L], which was cached in its short form."""
+        short_input_ids = torch.cat([self.short_input_ids, short.input_ids], dim=1)
         return CompressedHistory(
             input_ids=torch.cat([self.input_ids, input_ids], dim=1),
             attention_mask=torch.cat([self.attention_mask, attention_mask], dim=1),
             short_input_ids=short_input_ids,
-            short_attention_mask=torch.cat([self.short_attention_mask, short_mask], dim=1),
-            irreducible_length=short_input_ids.shape[1] if is_compressed else self.irreducible_length,
+            short_attention_mask=torch.cat([self.short_attention_mask, short.attention_mask], dim=1),
+            irreducible_length=short_input_ids.shape[1] if short.is_shortened else self.irreducible_length,
         )
 
     def attach(self, cache: Any) -> None:

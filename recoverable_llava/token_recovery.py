@@ -55,11 +55,15 @@ def select_tokens(
     text_scores: torch.Tensor | None = None,
     has_question: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
     *,
+    novelty_threshold: float = 0.3,
+    text_share: float = 0.5,
     visual_lof_neighbors: int = 20,
     text_lof_neighbors: int = 20,
     merge_lof_neighbors: int = 10,
     lof_threshold: float = 1.5,
+    merge_centres: bool = True,
     merge_remaining: bool = True,
     min_visual_tokens: int = 1,
     max_visual_tokens: int | None = None,
@@ -67,18 +71,26 @@ def select_tokens(
 ) -> Selection:
     """Steps 1 to 3: how many tokens each step is due, and which patches they are.
 
+    Without `features` this is the paper: outliers of the scores count, and the highest scores stay. With them, every
+    score is weighed by its patch's novelty, the distance to the most similar patch with a higher score, so that no
+    token is spent on a near copy of another; and the patches that are novel enough count.
+
     Args:
         visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
         text_scores: [B, N] relevance of each patch to the question; None leaves step 2 out.
         has_question: [B] bool; False leaves step 2 out for that image. None means all True.
         valid: [B, N] bool; False for patches that hold no picture (padding of tiled models). None means all True.
+        features: [B, N, C] whose cosine distances tell how much two patches differ; None for the paper's selection.
+        novelty_threshold: with features, a patch counts when its novelty is above this share of the mean distance.
+        text_share: with features, the share of the counted tokens that the question chooses.
         visual_lof_neighbors, text_lof_neighbors, merge_lof_neighbors: neighbours of the Local Outlier Factor.
         lof_threshold: a score is an outlier when its Local Outlier Factor is above this.
+        merge_centres: merge left-over patches around centres, as many as their class attention has outliers.
         merge_remaining: one more token for the patches that no centre absorbs.
         min_visual_tokens: the visual filter keeps at least this many (or all valid patches, if fewer).
         max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
         visual_token_budget: exact number of an image's tokens, split among the three kinds in proportion to what the
-            outliers ask for. Every image must have at least this many valid patches.
+            count of each asks for. Every image must have at least this many valid patches.
 
     Raises:
         ValueError: if shapes disagree, or a budget or bound does not fit into N.
@@ -104,31 +116,54 @@ def select_tokens(
     if has_question is None:
         has_question = valid.new_ones(len(visual_scores))
     visual_scores = _lowest_where_not_finite(visual_scores, valid)
-    by_vision = visual_scores.argsort(dim=1, descending=True, stable=True)
+    if text_scores is not None:
+        text_scores = _lowest_where_not_finite(text_scores, valid)
+    num_valid = valid.sum(1)
+    distance = None if features is None else _cosine_distance(features)  # [B, N, N]
 
     # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention.
-    num_valid = valid.sum(1)
-    num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
+    if distance is None:
+        num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
+        num_novel = None
+        by_vision = _descending(visual_scores)
+    else:
+        novelty = _novelty(visual_scores, distance, valid)
+        is_novel = novelty > novelty_threshold * _mean_distance(distance, valid)[:, None]
+        num_novel = (is_novel & valid).sum(1)
+        for_text = 0 if text_scores is None else (text_share * num_novel).long() * has_question
+        num_visual = num_novel - for_text
+        by_vision = _descending(visual_scores * novelty)
     num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
     kept_by_vision = _first(by_vision, num_visual, valid)
 
     # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
     # is the share of the other patches to recover.
+    def by_relevance(kept: torch.Tensor) -> torch.Tensor:
+        if distance is None:
+            return _descending(text_scores)
+        novelty = _novelty(text_scores.masked_fill(kept, torch.inf), distance, valid)
+        return _descending(_above_lowest(text_scores, valid) * novelty)
+
     if text_scores is None:
         num_text = torch.zeros_like(num_visual)
         recovered_by_text = torch.zeros_like(valid)
     else:
-        text_scores = _lowest_where_not_finite(text_scores, valid)
-        by_text = text_scores.argsort(dim=1, descending=True, stable=True)
-        lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-        unmet = torch.where(kept_by_vision, lowest, text_scores)
-        outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
-        num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1) * has_question
-        recovered_by_text = _first(by_text, num_text, valid & ~kept_by_vision)
+        if num_novel is None:
+            lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+            unmet = torch.where(kept_by_vision, lowest, text_scores)
+            outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
+            num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1)
+        else:
+            num_text = (num_novel - num_visual).clamp(min=0)
+        num_text = num_text * has_question
+        recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
 
     # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
     left_over = valid & ~(kept_by_vision | recovered_by_text)
-    num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
+    if merge_centres:
+        num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
+    else:
+        num_centres = torch.zeros_like(num_visual)
     merges_remaining = (num_centres < left_over.sum(1)) & merge_remaining
     num_merged = num_centres + merges_remaining
 
@@ -143,15 +178,15 @@ def select_tokens(
         num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
         kept_by_vision = _first(by_vision, num_visual, valid)
         if text_scores is not None:
-            recovered_by_text = _first(by_text, num_text, valid & ~kept_by_vision)
+            recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
         left_over = valid & ~(kept_by_vision | recovered_by_text)
         merges_remaining = (num_merged > 0) & (num_merged < left_over.sum(1)) & merge_remaining
-    merge_centres = _first(by_vision, num_merged - merges_remaining.long(), left_over)
+    centres = _first(_descending(visual_scores), num_merged - merges_remaining.long(), left_over)
 
     return Selection(
         kept_by_vision=kept_by_vision,
         recovered_by_text=recovered_by_text,
-        merge_centres=merge_centres,
+        merge_centres=centres,
         merges_remaining=merges_remaining,
         num_visual=num_visual,
         num_text=num_text,
@@ -253,8 +288,43 @@ def _num_outliers(
     return (local_outlier_factor(scores, num_neighbors, valid) > threshold).sum(1)
 
 
+def _cosine_distance(features: torch.Tensor) -> torch.Tensor:
+    """[B, N, N] one minus the cosine between the features [B, N, C] of every two patches."""
+    directions = torch.nn.functional.normalize(features.float().nan_to_num(0, 0, 0), dim=-1)
+    return 1 - directions @ directions.transpose(1, 2)
+
+
+def _mean_distance(distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B] mean of the distances [B, N, N] between valid patches."""
+    weight = valid.to(distance.dtype)
+    total = (distance @ weight[:, :, None]).squeeze(2).mul(weight).sum(1)
+    return total / weight.sum(1).square().clamp(min=1)
+
+
+def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, N] distance of each patch to the nearest valid one with a higher score; 2, the largest, for the best.
+
+    With the score itself, this finds density peaks (Rodriguez & Laio, Science 2014) without choosing them one by one.
+    """
+    rank = torch.empty_like(valid, dtype=torch.long)
+    order = _descending(scores.masked_fill(~valid, -torch.inf))
+    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+    is_better = (rank[:, None, :] < rank[:, :, None]) & valid[:, None, :]
+    return distance.masked_fill(~is_better, 2.0).amin(2)
+
+
+def _above_lowest(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Scores [B, N] shifted so that the lowest valid one of each row is 0."""
+    return (scores - scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)).clamp(min=0)
+
+
+def _descending(scores: torch.Tensor) -> torch.Tensor:
+    """[B, N] indices of the scores from the highest to the lowest; the first of equal ones first."""
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
 def _first(order: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of the first `count` [B] patches within the mask `among`, in the order of the indices `order` [B, N]."""
+    """[B, N] mask of the first `count` [B] patches within the mask `among`, in the order `order` [B, N] of indices."""
     candidates = among.gather(1, order)
     is_first = candidates & (candidates.cumsum(1) <= count[:, None])
     return torch.empty_like(among).scatter_(1, order, is_first)

@@ -20,11 +20,15 @@ def tiny_config(**settings):
 OTHER_VALUES = {
     "compress": False,
     "attention_layer": -2,
+    "diversity": False,
+    "novelty_threshold": 0.7,
+    "text_share": 0.25,
     "visual_lof_neighbors": 7,
     "text_lof_neighbors": 8,
     "merge_lof_neighbors": 9,
     "lof_threshold": 1.25,
     "text_relevance": "projected",
+    "merge_centres": True,
     "merge_neighbors": 3,
     "text_merge_weight": 5.5,
     "merge_remaining": False,
@@ -56,17 +60,20 @@ def test_written_config_names_the_code_of_every_class(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == written
 
 
-def test_defaults_are_those_of_the_paper():
+def test_preset_of_the_paper():
     config = RecoverableLlavaConfig()
-    defaults = {name: getattr(config, name) for name in OTHER_VALUES}
-    assert defaults == {
+    config.use_preset("paper")
+    settings = {name: getattr(config, name) for name in OTHER_VALUES if name not in ("novelty_threshold", "text_share")}
+    assert settings == {
         "compress": True,
+        "diversity": False,
+        "merge_centres": True,
         "attention_layer": -1,
         "visual_lof_neighbors": 20,
         "text_lof_neighbors": 20,
         "merge_lof_neighbors": 10,
         "lof_threshold": 1.5,
-        "text_relevance": "value",
+        "text_relevance": "projected",
         "merge_neighbors": 32,
         "text_merge_weight": 50.0,
         "merge_remaining": True,
@@ -158,8 +165,11 @@ EFFECTS = [
     ("text_lof_neighbors", 2, "recovered_by_text"),
     ("merge_lof_neighbors", 1, "merge_centres"),
     ("lof_threshold", 1.05, "kept_by_vision"),
-    ("text_relevance", "projected", "recovered_by_text"),
+    ("text_relevance", "value", "recovered_by_text"),
     ("text_relevance", "negated", "recovered_by_text"),
+    ("diversity", True, "kept_by_vision"),
+    ("novelty_threshold", 0.9, "kept_by_vision"),
+    ("text_share", 0.1, "recovered_by_text"),
     ("merge_neighbors", 1, "merge_weights"),
     ("text_merge_weight", 0.0, "merge_weights"),
     ("merge_remaining", False, "merges_remaining"),
@@ -173,6 +183,8 @@ EFFECTS = [
 def test_a_change_at_run_time_counts_from_the_next_call_on(model, processor, pictures, name, value, changes):
     prompts = ["USER: <image>\nwhat is the colour of the cat ? ASSISTANT:"] * 4
     inputs = processor(images=[[picture] for picture in pictures], text=prompts, padding=True, return_tensors="pt")
+    if name not in ("novelty_threshold", "text_share"):
+        model.config.use_preset("paper")
     model.config.lof_threshold = 1.1  # so that every step has something to do
 
     def recovered():
@@ -190,6 +202,16 @@ def test_a_change_at_run_time_counts_from_the_next_call_on(model, processor, pic
     for old, new in zip(first, recovered()):
         assert old is None or torch.equal(old, new)
     assert torch.equal(first_logits, model(**inputs).logits)
+
+
+def test_presets():
+    config = tiny_config(text_share=0.25)
+    config.use_preset("paper")
+    assert not config.diversity and config.merge_centres and config.text_relevance == "projected"
+    config.use_preset("default")
+    assert config == tiny_config(text_share=0.25)
+    with pytest.raises(ValueError, match="no preset 'papers'"):
+        config.use_preset("papers")
 
 
 def test_from_pretrained_takes_hyperparameters(repo_folder):

@@ -27,6 +27,8 @@ def assert_rows_equal(model, processor, pictures, prompts, **options):
         PROMPTS,
         [PROMPTS[0], "USER: what is a dog ? ASSISTANT:", PROMPTS[2]],
         ["USER: <image>\n and <image>\n what is it ? ASSISTANT:", "USER: what ? ASSISTANT:", PROMPTS[1]],
+        # The longest row loses nothing, the others do.
+        [PROMPTS[0], "USER: " + "please tell me about the cat and the dog and then why " * 5 + "? ASSISTANT:"],
     ],
 )
 def test_batch_equals_rows(model, processor, pictures, prompts, side):
@@ -243,7 +245,7 @@ def test_other_checkpoints(tmp_path, clip_folder, pictures, language_model, sett
     inputs = batch_of(processor, pictures)
     kept = model.recover_tokens(**inputs).selection.num_tokens
     expected = model.generate(**inputs, **GREEDY)
-    assert kept.max() < NUM_PATCHES
+    assert kept.min() < NUM_PATCHES
 
     model.config.visual_token_budget = processor.visual_token_budget = 9
     short = batch_of(processor, pictures)

@@ -14,6 +14,7 @@ from recoverable_llava.prompt_shortening import (
     shorten_prompt,
     spread_over_original,
     surviving_positions,
+    unshortened_prompt,
 )
 
 
@@ -165,12 +166,13 @@ def history_of(num_short, num_original):
 def test_history_grows_in_both_numberings():
     history = history_of(4, 9)
     answer = torch.tensor([[7, 8]])
-    longer = history.extended(answer, torch.ones_like(answer), answer, torch.ones_like(answer))
+    longer = history.extended(answer, torch.ones_like(answer), unshortened_prompt(answer, None, None))
     assert longer.input_ids[0].tolist() == [*range(9), 7, 8]
     assert longer.short_input_ids[0].tolist() == [100, 101, 102, 103, 7, 8]
     assert longer.irreducible_length == 4
     image = torch.full((1, 5), IMAGE)
-    later = longer.extended(image, torch.ones_like(image), image[:, :2], torch.ones_like(image[:, :2]))
+    keep = torch.tensor([[True, True, False, False, False]])
+    later = longer.extended(image, torch.ones_like(image), shorten_prompt(image, keep, 2, IMAGE))
     assert later.input_ids.shape[1] == 16 and later.short_input_ids.shape[1] == 8
     assert later.irreducible_length == 8
     assert history.input_ids.shape[1] == 9  # not modified
@@ -178,7 +180,7 @@ def test_history_grows_in_both_numberings():
 
 def test_history_is_cropped_down_to_the_compressed_prompt():
     answer = torch.tensor([[7, 8, 9]])
-    history = history_of(4, 9).extended(answer, torch.ones_like(answer), answer, torch.ones_like(answer))
+    history = history_of(4, 9).extended(answer, torch.ones_like(answer), unshortened_prompt(answer, None, None))
     assert history.cropped(7) is history
     shorter = history.cropped(5)
     assert shorter.input_ids[0].tolist() == [*range(9), 7] and shorter.short_input_ids.shape[1] == 5
@@ -189,6 +191,6 @@ def test_history_is_cropped_down_to_the_compressed_prompt():
 @pytest.mark.parametrize("cached_length", [3, 0, 8])
 def test_history_of_another_length_is_refused(cached_length):
     answer = torch.tensor([[7, 8, 9]])
-    history = history_of(4, 9).extended(answer, torch.ones_like(answer), answer, torch.ones_like(answer))
+    history = history_of(4, 9).extended(answer, torch.ones_like(answer), unshortened_prompt(answer, None, None))
     with pytest.raises(ValueError, match=f"past_key_values holds {cached_length} tokens, but its compressed prompt 4"):
         history.cropped(cached_length)
