@@ -10,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from recoverable_llava.asking import Answer, ask, assistant_turn, open_picture, recover, user_turn
+from recoverable_llava.asking import Answer, ask, assistant_turn, open_picture, recover, recovery_settings, user_turn
+from recoverable_llava.configuration_recoverable_llava import PRESETS
 from recoverable_llava.visualize import draw_recovery
 
 
@@ -28,11 +29,19 @@ EXAMPLES = [
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
     """The app around a model and its processor, as `recoverable_llava.asking.load` returns them."""
     num_patches, config = model.config.num_patches, model.config
+    own_preset = "default" if config.diversity else "paper"
     # The first call is slower than all others, and would be held against the compressed answer.
     ask(model, processor, [user_turn(EXAMPLES[0][1], open_picture(SCENES / EXAMPLES[0][0]))], max_new_tokens=2)
 
-    def settings(threshold: float, budget: float) -> dict[str, Any]:
-        return {"lof_threshold": float(threshold), "visual_token_budget": int(budget) or None}
+    def settings(preset: str, threshold: float, budget: float) -> dict[str, Any]:
+        fields = recovery_settings(config, preset, float(threshold))
+        return {**fields, "visual_token_budget": int(budget) or None}
+
+    def threshold_of(preset: str) -> dict[str, Any]:
+        """Range and value of the slider: novelty, or the paper's Local Outlier Factor."""
+        if PRESETS[preset]["diversity"]:
+            return {"minimum": 0.0, "maximum": 1.0, "step": 0.05, "value": config.novelty_threshold}
+        return {"minimum": 1.0, "maximum": 4.0, "step": 0.1, "value": config.lof_threshold}
 
     def conversation(picture: Any, turns: list[dict], question: str, answer_key: str) -> list[dict]:
         messages = []
@@ -43,22 +52,27 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
         return messages
 
     @_errors_on_the_page
-    def show_recovery(upload: dict | None, question: str, threshold: float, budget: float) -> tuple:
+    def show_recovery(upload: dict | None, question: str, preset: str, threshold: float, budget: float) -> tuple:
         if upload is None:
             return None, NO_PICTURE
         picture = open_picture(upload["path"])
-        recovery = recover(model, processor, [user_turn(question, picture)], **settings(threshold, budget))
+        recovery = recover(model, processor, [user_turn(question, picture)], **settings(preset, threshold, budget))
         return draw_recovery(picture, recovery, size=576, legend=True), _counts(recovery, num_patches)
 
     @_errors_on_the_page
-    def answer(upload: dict | None, question: str, turns: list[dict], threshold: float, budget: float) -> tuple:
+    def answer(
+        upload: dict | None, question: str, turns: list[dict], preset: str, threshold: float, budget: float
+    ) -> tuple:
         if upload is None:
             raise gr.Error(NO_PICTURE)
         if not question.strip():
             raise gr.Error("Type a question.")
         picture, turns = open_picture(upload["path"]), list(turns)
         short = ask(
-            model, processor, conversation(picture, turns, question, "compressed"), **settings(threshold, budget)
+            model,
+            processor,
+            conversation(picture, turns, question, "compressed"),
+            **settings(preset, threshold, budget),
         )
         full = ask(model, processor, conversation(picture, turns, question, "full"), compress=False)
         turns.append(
@@ -81,9 +95,8 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
             with gr.Column():
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=340, elem_id="picture")
                 question = gr.Textbox(label="Question", elem_id="question", max_length=1000, submit_btn=True)
-                threshold = gr.Slider(
-                    1.0, 4.0, config.lof_threshold, step=0.1, label="Threshold: higher keeps fewer tokens"
-                )
+                preset = gr.Radio(list(PRESETS), value=own_preset, label="How tokens are chosen")
+                threshold = gr.Slider(**threshold_of(own_preset), label="Threshold: higher keeps fewer tokens")
                 budget = gr.Slider(
                     0,
                     num_patches,
@@ -112,7 +125,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
             label="Pictures to try",
         )
 
-        controls = [picture, question, threshold, budget]
+        controls = [picture, question, preset, threshold, budget]
         # Without preprocessing, as the component would open the file itself and say less about a broken one.
         one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "preprocess": False}
         previews = [
@@ -128,11 +141,12 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
         ]
         answering = question.submit(
             answer,
-            [picture, question, turns, threshold, budget],
+            [picture, question, turns, preset, threshold, budget],
             [turns, compressed, full, overlay, counts],
             cancels=previews,
             **one_at_a_time,
         )
+        preset.change(lambda name: gr.Slider(**threshold_of(name)), preset, threshold)
         for trigger in (picture.change, again.click, compressed.clear, full.clear):
             trigger(forget, None, [turns, compressed, full], cancels=answering)
     return interface

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoProcessor
 
-from .configuration_recoverable_llava import RecoverableLlavaConfig
+from .configuration_recoverable_llava import PRESETS, RecoverableLlavaConfig
 from .modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovery
 
 
@@ -29,7 +29,9 @@ class Answer:
     recovery: Recovery | None  # None without compression
 
 
-def load(repo: str, device: str | None = None, dtype: str | None = None) -> tuple[RecoverableLlavaForConditionalGeneration, Any]:
+def load(
+    repo: str, device: str | None = None, dtype: str | None = None
+) -> tuple[RecoverableLlavaForConditionalGeneration, Any]:
     """Model and processor of a folder or Hub repo, in evaluation mode.
 
     Args:
@@ -149,6 +151,28 @@ def _inputs(model: Any, processor: Any, messages: Sequence[dict[str, Any]]) -> A
         list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     return inputs.to(model.device, dtype=model.dtype)
+
+
+def recovery_settings(
+    config: RecoverableLlavaConfig,
+    preset: str | None = None,
+    threshold: float | None = None,
+    budget: int | None = None,
+) -> dict[str, Any]:
+    """Fields of the config for three things that people want to change; None leaves one as it is.
+
+    Args:
+        preset: a name in `PRESETS`.
+        threshold: what a patch must exceed to count, in either preset: higher keeps fewer tokens.
+        budget: exactly so many tokens.
+    """
+    fields: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
+    if threshold is not None:
+        by_novelty = fields.get("diversity", config.diversity)
+        fields["novelty_threshold" if by_novelty else "lof_threshold"] = threshold
+    if budget is not None:
+        fields["visual_token_budget"] = budget
+    return fields
 
 
 @contextmanager

@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_at_least_one, metavar="K", help="exactly K visual tokens, however much is in the image"
     )
     shared.add_argument(
-        "--threshold", type=float, metavar="T", help="lof_threshold: higher keeps fewer tokens (default: the model's)"
+        "--preset", choices=("default", "paper"), help="how tokens are chosen (default: the model's way)"
     )
+    shared.add_argument("--threshold", type=float, metavar="T", help="higher keeps fewer tokens (default: the model's)")
 
     one = commands.add_parser("ask", parents=[shared], help="answer a question about one picture")
     one.add_argument("image", metavar="IMAGE", help="picture file")
@@ -77,10 +78,12 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _config_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    given: dict[str, Any] = {"visual_token_budget": arguments.budget, "lof_threshold": arguments.threshold}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {"compress": False} if arguments.no_compress else given
+def _config_settings(arguments: argparse.Namespace, config: Any) -> dict[str, Any]:
+    from .asking import recovery_settings
+
+    if arguments.no_compress:
+        return {"compress": False}
+    return recovery_settings(config, arguments.preset, arguments.threshold, arguments.budget)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -111,7 +114,7 @@ def _ask(arguments: argparse.Namespace) -> int:
         processor,
         [user_turn(arguments.question, picture)],
         max_new_tokens=arguments.max_new_tokens,
-        **_config_settings(arguments),
+        **_config_settings(arguments, model.config),
     )
     print(answer.text)
     share = 100 * answer.num_tokens / answer.num_uncompressed
@@ -157,7 +160,7 @@ def _batch(arguments: argparse.Namespace) -> int:
                 processor,
                 [user_turn(arguments.question, picture)],
                 max_new_tokens=arguments.max_new_tokens,
-                **_config_settings(arguments),
+                **_config_settings(arguments, model.config),
             )
             line = {
                 "image": path.relative_to(folder).as_posix(),

@@ -57,7 +57,11 @@ def test_ask_prints_the_answer_alone_on_stdout(capsys, repo_folder, picture, tmp
 
 @pytest.mark.parametrize(
     "arguments, tokens",
-    [(["--no-compress"], "36 of 36"), (["--budget", "5"], "5 of 36"), (["--threshold", "1e6"], "of 36")],
+    [
+        (["--no-compress"], "36 of 36"),
+        (["--budget", "5"], "5 of 36"),
+        (["--preset", "paper", "--threshold", "1e6"], "2 of 36"),
+    ],
 )
 def test_compression_options(capsys, repo_folder, picture, arguments, tokens):
     code, _, err = run(capsys, "ask", picture, "why?", "--model", repo_folder, "--max-new-tokens", 2, *arguments)
@@ -128,7 +132,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["ask", picture, "why?", "--model", llava_folder], "is a 'llava' checkpoint without recoverable compression"),
         (["ask", picture, " ", "--model", repo_folder], "QUESTION is empty"),
         (["ask", picture, "why?", "--model", repo_folder, "--budget", "37"], "visual_token_budget must be .*got 37"),
-        (["ask", picture, "why?", "--model", repo_folder, "--threshold", "0.5"], "lof_threshold must be .*got 0.5"),
+        (["ask", picture, "why?", "--model", repo_folder, "--threshold", "-1"], "novelty_threshold must be .*got -1"),
         (["ask", picture, "why?", "--overlay", "kept"], "--overlay is 'kept'"),
         (["ask", picture, "why?", "--overlay", "kept.png", "--no-compress"], "leave one out"),
         (["batch", "nowhere", "why?"], "There is no folder 'nowhere'"),

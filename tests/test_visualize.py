@@ -18,6 +18,7 @@ from recoverable_llava.visualize import (
 
 @pytest.fixture
 def recovery(model, processor, pictures):
+    model.config.use_preset("paper")  # which also has centres of merged tokens
     prompts = ["USER: <image>\nwhat is the cat? ASSISTANT:"] * 2
     inputs = processor(images=pictures[:2], text=prompts, questions=["cat", "blue"], return_tensors="pt")
     return model.recover_tokens(**inputs)
