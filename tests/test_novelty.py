@@ -1,0 +1,149 @@
+"""Selection weighed by novelty, against a slow version, and its properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recoverable_llava.token_recovery import select_tokens
+
+
+def slow_novelty(scores, features, valid):
+    """Distance to the nearest valid patch with a higher score (an earlier one, if equal); 2 for the best."""
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    novelty = torch.full((len(scores),), 2.0, dtype=torch.double)
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            is_better = scores[j] > scores[i] or (scores[j] == scores[i] and j < i)
+            if valid[j] and is_better:
+                novelty[i] = min(novelty[i], 1 - unit[i] @ unit[j])
+    return novelty
+
+
+def slow_mean_distance(features, valid):
+    unit = torch.nn.functional.normalize(features[valid].double(), dim=-1)
+    return sum(1 - a @ b for a in unit for b in unit) / len(unit) ** 2
+
+
+def highest(priority, count, among):
+    allowed = sorted((i for i in range(len(among)) if among[i]), key=lambda i: (-priority[i].item(), i))
+    mask = torch.zeros(len(among), dtype=torch.bool)
+    mask[allowed[:count]] = True
+    return mask
+
+
+def slow_selection(visual, text, features, valid, threshold, share, budget=None):
+    novelty = slow_novelty(visual, features, valid)
+    novel = int((novelty[valid] > threshold * slow_mean_distance(features, valid)).sum())
+    num_text = 0 if text is None else int(share * novel)
+    num_visual = max(novel - num_text, 1)
+    if budget is not None:  # with one remaining token asked for, as long as something is left over
+        asked = [num_visual, num_text, int(num_visual + num_text < int(valid.sum()))]
+        exact = [count * budget / sum(asked) for count in asked]
+        granted = [int(count) for count in exact]
+        for kind in sorted(range(3), key=lambda kind: -(exact[kind] - granted[kind]))[: budget - sum(granted)]:
+            granted[kind] += 1
+        num_visual, num_text = granted[:2]
+    kept = highest(visual * novelty, num_visual, valid)
+    recovered = torch.zeros_like(kept)
+    if text is not None:
+        novelty = slow_novelty(text.masked_fill(kept, float("inf")), features, valid)
+        recovered = highest((text - text[valid].min()) * novelty, num_text, valid & ~kept)
+    return kept, recovered
+
+
+def draw(seed, batch=2, patches=30, channels=6):
+    generator = torch.Generator().manual_seed(seed)
+    visual = torch.rand(batch, patches, generator=generator) ** 3
+    text = torch.randn(batch, patches, generator=generator) * 0.1
+    features = torch.randn(batch, patches, channels, generator=generator)
+    valid = torch.rand(batch, patches, generator=generator) > 0.2
+    return visual, text, features, valid
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("budget", [None, 9])
+def test_against_a_slow_version(seed, budget):
+    visual, text, features, valid = draw(seed)
+    valid = valid if seed % 2 else torch.ones_like(valid)
+    text = text if seed % 3 else None
+    threshold, share = 0.2 + 0.1 * (seed % 5), 0.25 * (seed % 4)
+    selection = select_tokens(
+        visual,
+        text,
+        valid=valid,
+        features=features,
+        novelty_threshold=threshold,
+        text_share=share,
+        merge_centres=False,
+        visual_token_budget=budget,
+    )
+    for row in range(len(visual)):
+        kept, recovered = slow_selection(
+            visual[row], None if text is None else text[row], features[row], valid[row], threshold, share, budget
+        )
+        assert torch.equal(selection.kept_by_vision[row], kept)
+        assert torch.equal(selection.recovered_by_text[row], recovered)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    patches=st.integers(12, 40),
+    threshold=st.floats(0, 1.5),
+    share=st.floats(0, 1),
+    budget=st.none() | st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    merge=st.booleans(),
+)
+def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge):
+    visual, text, features, _ = draw(seed, batch, patches)
+    visual, text, features = visual.to(dtype), text.to(dtype), features.to(dtype)
+    before = visual.clone(), text.clone(), features.clone()
+    run = {"novelty_threshold": threshold, "text_share": share, "visual_token_budget": budget}
+    run["merge_lof_neighbors"] = 4
+    run |= {"merge_centres": merge, "min_visual_tokens": 2 if budget is None else 1}
+    selection = select_tokens(visual, text, features=features, **run)
+    masks = selection.kept_by_vision, selection.recovered_by_text, selection.merge_centres
+    assert not (masks[0] & masks[1] | masks[0] & masks[2] | masks[1] & masks[2]).any()
+    assert torch.equal(masks[0].sum(1), selection.num_visual) and torch.equal(masks[1].sum(1), selection.num_text)
+    assert torch.equal(masks[2].sum(1) + selection.merges_remaining, selection.num_merged)
+    if budget is None:
+        assert (selection.num_visual >= 2).all()
+    else:
+        assert (selection.num_tokens == budget).all()
+    alone = select_tokens(visual[:1], text[:1], features=features[:1], **run)
+    assert torch.equal(alone.kept_by_vision[0], masks[0][0]) and torch.equal(alone.recovered_by_text[0], masks[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(before, (visual, text, features)))
+
+
+def test_a_copy_of_a_better_patch_is_never_chosen_before_something_new():
+    features = torch.eye(12)[None].repeat(1, 2, 1)  # every patch twice
+    visual = torch.linspace(1, 0.5, 24)[None]
+    selection = select_tokens(visual, features=features, merge_centres=False, visual_token_budget=13)
+    assert selection.kept_by_vision[0, :12].all() and not selection.kept_by_vision[0, 12:].any()
+    plain = select_tokens(visual, merge_centres=False, visual_token_budget=13, merge_remaining=False)
+    assert plain.kept_by_vision[0, :13].all()
+
+
+def test_text_recovers_what_vision_did_not_keep():
+    """The one patch that answers the question is recovered, though attention ignores it."""
+    visual, text, features, _ = draw(3, batch=1)
+    visual[0, 7], text[0, 7] = 0.0, 2.0
+    selection = select_tokens(visual, text, features=features, visual_token_budget=6, merge_centres=False)
+    assert selection.recovered_by_text[0, 7]
+    without = select_tokens(
+        visual, text, torch.tensor([False]), features=features, visual_token_budget=6, merge_centres=False
+    )
+    assert not without.kept_by_vision[0, 7] and without.num_text.item() == 0
+
+
+def test_features_that_are_no_numbers_spoil_nothing_else():
+    visual, text, features, _ = draw(5)
+    expected = select_tokens(visual, text, features=features, merge_centres=False)
+    spoiled = features.clone()
+    spoiled[0] = float("nan")
+    selection = select_tokens(visual, text, features=spoiled, merge_centres=False)
+    assert torch.equal(selection.kept_by_vision[1], expected.kept_by_vision[1])
+    assert selection.num_tokens[0] >= 1
