@@ -504,4 +504,6 @@ def write_processor(folder: Path, base: Path, clip: Path, config: Any, chat_temp
         visual_token_budget=config.visual_token_budget,
     )
     processor.save_pretrained(folder)
+    # Looked for beside every tokenizer; without one, pipelines of transformers 5.12 fail on a repo id that is cached.
+    write_json(folder / "question_tokenizer" / CONFIG, {})
     (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")

@@ -156,7 +156,8 @@ inputs = processor.apply_chat_template(
     return_dict=True,
     return_tensors="pt",
 ).to(model.device, model.dtype)
-print(processor.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
+answer = model.generate(**inputs, max_new_tokens=50)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
 ```
 
 or

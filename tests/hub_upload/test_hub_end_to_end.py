@@ -197,4 +197,7 @@ def test_code_on_the_card_runs(world, pictures):
     assert script.count("trust_remote_code=True") == 3 and "OWNER/NAME" not in card
     run = python(hub, folder / "reader", script)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("USER") == 1 and "tensor([" in run.stdout
+    answers_of_both, _, count = run.stdout.partition("tensor([")
+    middle = len(answers_of_both) // 2
+    assert answers_of_both[:middle] == answers_of_both[middle:] != ""
+    assert 0 < int(count.partition("]")[0]) <= tiny.NUM_PATCHES
