@@ -5,7 +5,7 @@ LOWEST_VENV ?= $(VENV)-lowest
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo app test test-lowest quick quality bench docs pictures clean
+.PHONY: demo app test test-lowest quick quality bench docs pictures checkpoint-code clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=2 $(PYTHON) -m demo
@@ -52,6 +52,10 @@ $(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
 	sed '/^transformers==/d; /^huggingface_hub==/d; /^tokenizers==/d' constraints.txt > $(LOWEST_VENV)/constraints.txt
 	$(LOWEST_VENV)/bin/python -m pip install -q -c $(LOWEST_VENV)/constraints.txt "transformers==5.12.0" -e ".[dev]"
 	touch $@
+
+# The remote code of the embedded checkpoint is that of the package, byte for byte.
+checkpoint-code:
+	for file in checkpoints/tiny/*.py; do cp recoverable_llava/$$(basename $$file) $$file; done
 
 clean:
 	rm -rf $(VENV) $(LOWEST_VENV) site build *.egg-info
