@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from layouts import LAYOUTS, save_layout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub_upload.build as build_module
@@ -399,6 +400,19 @@ def test_disk_that_fills_up_while_building(tmp_path, base, clip):
     assert run.returncode == 1
     assert "is full" in run.stderr and "Free some space" in run.stderr
     assert "Traceback" not in run.stderr
+    assert siblings(tmp_path / "out") == []
+
+
+def test_every_way_in_which_a_full_disk_shows(tmp_path):
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ):
+        with pytest.raises(BuildFailure, match="Free some space"), build_module.new_folder(tmp_path / "out"):
+            raise error
+    with pytest.raises(OSError, match="Input/output"), build_module.new_folder(tmp_path / "out"):
+        raise OSError(errno.EIO, "Input/output error")
     assert siblings(tmp_path / "out") == []
 
 
