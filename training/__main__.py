@@ -1,4 +1,7 @@
-"""`python -m training COMMAND`: atlas, tokenizers, train, export, evaluate, plot. `--help` after a command lists options."""
+"""`python -m training COMMAND`: atlas, tokenizers, train, export, evaluate, plot, card.
+
+`--help` after a command lists its options.
+"""
 
 import argparse
 import json
@@ -35,7 +38,10 @@ def _arguments() -> argparse.Namespace:
     evaluator.add_argument("--workers", type=int, default=0, help="processes that share the work")
     plotter = commands.add_parser("plot", help="draw loss and accuracy curves of a run")
     plotter.add_argument("--run", default="runs/tiny")
-    plotter.add_argument("--output", default="docs/training_curves.png")
+    plotter.add_argument("--output", default="docs/pictures/training_curves.png")
+    carder = commands.add_parser("card", help="write the checkpoint's model card from its figures")
+    carder.add_argument("--figures", default="checkpoints/tiny/figures.json")
+    carder.add_argument("--checkpoint", default="checkpoints/tiny")
     return parser.parse_args()
 
 
@@ -64,6 +70,10 @@ def main() -> None:
         from .plot import plot
 
         plot(**arguments)
+    elif command == "card":
+        from .card import write_card
+
+        write_card(**arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .vocabulary import LETTERS, PICTURES
 
+
 PICTURE_SIZE = 64
 LETTER_WIDTH, LETTER_HEIGHT = 28, 36
 PICTURES_PER_ROW = 8
@@ -43,9 +44,7 @@ def _letter(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return canvas
 
 
-def build_atlas(
-    emoji_font: str = EMOJI_FONT, letter_font: str = LETTER_FONT, file: Path = ATLAS_FILE
-) -> None:
+def build_atlas(emoji_font: str = EMOJI_FONT, letter_font: str = LETTER_FONT, file: Path = ATLAS_FILE) -> None:
     """Renders the pictures in rows of eight, then the letters (in the alpha channel) in one row below them."""
     for font_file, package in ((emoji_font, "fonts-noto-color-emoji"), (letter_font, "fonts-dejavu-core")):
         if not Path(font_file).exists():

@@ -15,6 +15,7 @@ from .language import WordEncoder, language_tokenizer, question_tokenizer
 from .questions import FACTS, KINDS, conversation, long_caption, scene_facts, short_caption
 from .scenes import Scene, make_scene, scene_arrays, scene_random
 
+
 TEXT_LENGTH = 253
 MAXIMUM_TURNS = 16
 CAPTION_LENGTH = 64
@@ -84,7 +85,9 @@ class BatchMaker:
 class Batches(Dataset):
     """Batch number `step` of one of `ranks` processes, for a DataLoader without automatic batching."""
 
-    def __init__(self, split: str, batch_size: int, first: int, last: int, rank: int = 0, ranks: int = 1, seed: int = 0):
+    def __init__(
+        self, split: str, batch_size: int, first: int, last: int, rank: int = 0, ranks: int = 1, seed: int = 0
+    ):
         self.batch_size, self.first, self.last, self.rank, self.ranks = batch_size, first, last, rank, ranks
         self.split, self.seed = split, seed
         self.maker: BatchMaker | None = None

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, 
 from .examples import SceneExample, scene_examples
 from .questions import KINDS, scene_facts
 
+
 RETRIEVAL_BATCH = 256
 BLOCK = 500  # questions of one job
 THREADS = 1  # of one job: drawing a scene does not gain from more
@@ -71,9 +72,7 @@ def answer_accuracy(
     """
     kinds = tuple(kinds)
     jobs = [(kind, first, min(BLOCK, count - first)) for kind in kinds for first in range(0, count, BLOCK)]
-    calls = [
-        (folder, split, *job, devices[index % len(devices)], batch_size) for index, job in enumerate(jobs)
-    ]
+    calls = [(folder, split, *job, devices[index % len(devices)], batch_size) for index, job in enumerate(jobs)]
     bar = tqdm(total=len(jobs), desc=split)
     if workers:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

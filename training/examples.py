@@ -97,7 +97,9 @@ def scene_examples(
         first = ask(scene, kind, rng, prefer_held_out=split == "combination")
         if first is None:
             continue
-        later = [turn for turn in conversation(scene, rng, turns) if turn.question != first.question] if turns > 1 else []
+        later = (
+            [turn for turn in conversation(scene, rng, turns) if turn.question != first.question] if turns > 1 else []
+        )
         yield SceneExample(
             scene, kind, first.question, first.answer, first.classes, [first, *later[: turns - 1]],
             *long_caption(scene, rng),

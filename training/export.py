@@ -18,6 +18,7 @@ from .language import CHAT_TEMPLATE, IMAGE_TOKEN, language_tokenizer, question_t
 from .model import SMOKE_SIZE, ModelSize, TrainingModel, text_config, vision_config
 from .scenes import IMAGE_SIZE
 
+
 LARGEST_SHARD = "14MB"
 
 
@@ -41,7 +42,7 @@ def clip_model(model: TrainingModel) -> CLIPModel:
         projection_dim=model.size.projection,
     )
     clip = CLIPModel(config)
-    tower = getattr(model.question_tower, "text_model")
+    tower = model.question_tower.text_model
     clip.vision_model.load_state_dict(model.llava.model.vision_tower.state_dict())
     clip.text_model.load_state_dict(tower.state_dict())
     clip.text_projection.load_state_dict(model.question_tower.text_projection.state_dict())

@@ -17,6 +17,7 @@ from .questions import KINDS, ask, long_caption, short_caption
 from .scenes import make_scene, scene_random
 from .vocabulary import CENTER_MARK, CLASSES, COLORS, COLUMNS, COUNTS, LETTERS, NOTHING, ROWS, WORDS
 
+
 IMAGE_TOKEN = "<image>"
 WORD_END = "</w>"
 ASSETS = Path(__file__).parent / "assets"
@@ -108,9 +109,7 @@ def language_tokenizer() -> PreTrainedTokenizerFast:
 def question_tokenizer() -> CLIPTokenizer:
     """The CLIP text tower's tokenizer: lower case, 77 tokens, padded with the end token as OpenAI's CLIP is."""
     parts = json.loads(_asset("question_tokenizer.json").read_text())
-    return CLIPTokenizer(
-        vocab=parts["vocab"], merges=[tuple(pair) for pair in parts["merges"]], model_max_length=77
-    )
+    return CLIPTokenizer(vocab=parts["vocab"], merges=[tuple(pair) for pair in parts["merges"]], model_max_length=77)
 
 
 _PIECES = re.compile(r"\w+|[^\w\s]+")

@@ -29,11 +29,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from .data import CAPTION_LENGTH, MAXIMUM_TURNS
+from .data import MAXIMUM_TURNS
 from .language import IMAGE_TOKEN, dense_words, language_tokenizer, question_tokenizer
 from .render import IGNORED, patch_targets
 from .render import render as render_images
 from .scenes import IMAGE_SIZE
+
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as its image processor has them
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -204,7 +205,9 @@ class TrainingModel(nn.Module):
 
     def dense_loss(self, visual_tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the words for what each patch shows, and accuracies [7] on the patches that show something."""
-        embeddings = functional.normalize(self.llava.model.language_model.embed_tokens.weight[self.dense_ids].float(), dim=1)
+        embeddings = functional.normalize(
+            self.llava.model.language_model.embed_tokens.weight[self.dense_ids].float(), dim=1
+        )
         width = visual_tokens.shape[-1]
         directions = functional.rms_norm(visual_tokens.float(), (width,))
         logits = 1.5 * directions.flatten(0, 1) @ embeddings.T
@@ -217,7 +220,9 @@ class TrainingModel(nn.Module):
             nothing = count if 4 <= group <= 5 else count - 1
             shows = (target >= 0) & (target != nothing)
             empty = target == nothing
-            loss = loss + (each * shows).sum() / shows.sum().clamp_min(1) + (each * empty).sum() / empty.sum().clamp_min(1)
+            loss = (
+                loss + (each * shows).sum() / shows.sum().clamp_min(1) + (each * empty).sum() / empty.sum().clamp_min(1)
+            )
             accuracies.append(((part.argmax(1) == target) & shows).sum() / shows.sum().clamp_min(1))
         return loss / len(self.group_sizes), torch.stack(accuracies)
 
@@ -276,6 +281,3 @@ class TrainingModel(nn.Module):
 
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-__all__ = ["CAPTION_LENGTH", "SMOKE_SIZE", "ModelSize", "TrainingModel", "llava_config", "parameter_count"]

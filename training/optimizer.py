@@ -8,6 +8,7 @@ matrices of one shape are stacked here and orthogonalised together.
 import torch
 from torch import Tensor, nn
 
+
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -67,9 +68,7 @@ def build_optimizers(model: nn.Module, rates: dict[str, float], weight_decay: fl
         else:
             others.setdefault((rate(name), parameter.ndim >= 2 and "embed" not in name), []).append(parameter)
     muon = Muon([{"params": value, "lr": key[0]} for key, value in matrices.items()], weight_decay=weight_decay)
-    groups = [
-        {"params": value, "lr": key[0], "weight_decay": weight_decay * key[1]} for key, value in others.items()
-    ]
+    groups = [{"params": value, "lr": key[0], "weight_decay": weight_decay * key[1]} for key, value in others.items()]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=next(model.parameters()).is_cuda)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:

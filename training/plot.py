@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .questions import KINDS
 
+
 LOSSES = ("answers", "dense", "contrastive")
 
 

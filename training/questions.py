@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .scenes import IMAGE_SIZE, Scene, SceneObject
 from .vocabulary import ARTICLE, CLASSES, COLORS, COLUMNS, ROWS, WORDS, held_out
 
+
 KINDS = ("existence", "attribute", "reading", "counting", "location", "relation", "choice")
 COLOR_NAMES = tuple(COLORS)
 OPTIONS = ("A", "B", "C", "D")
@@ -129,16 +130,16 @@ def _location(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
     if item is None:
         return None
     row, column = item.coarse_place
-    return Turn("location", _fill("location", item.class_index, rng), f"{ROWS[row]} {COLUMNS[column]}", (item.class_index,))
+    return Turn(
+        "location", _fill("location", item.class_index, rng), f"{ROWS[row]} {COLUMNS[column]}", (item.class_index,)
+    )
 
 
 def _relation(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
     item = _pick(scene.named(), rng, prefer)
     if item is None:
         return None
-    relation, axis, sign = rng.choice(
-        (("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1))
-    )
+    relation, axis, sign = rng.choice((("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)))
     answer = rng.random() < 0.5
     fitting = []
     for other in scene.named():

@@ -14,6 +14,7 @@ from .atlas import load_atlas
 from .scenes import IMAGE_SIZE, LABEL_PADDING, LETTER_CELL_HEIGHT, LETTER_CELL_WIDTH, OBJECT_FIELDS
 from .vocabulary import CLASSES, COLORS, COLUMNS, LETTERS, ROWS, WORDS
 
+
 PICTURE_MARGIN = 0.14  # of the plate's size on each side of the picture
 IGNORED = -100
 GROUPS = ("class", "color", "word", "letter", "row", "column", "center")
@@ -81,9 +82,7 @@ def render(batch: dict[str, Tensor], constants: dict[str, Tensor]) -> Tensor:
         on_label = on_label | label
     padded = functional.pad(objects, (0, 0, 0, 1))
     flat = owner.reshape(images, -1)
-    mine = {
-        name: padded[..., index].gather(1, flat).reshape(owner.shape) for index, name in enumerate(OBJECT_FIELDS)
-    }
+    mine = {name: padded[..., index].gather(1, flat).reshape(owner.shape) for index, name in enumerate(OBJECT_FIELDS)}
     present = owner < number
     size = mine["size"].clamp_min(1).float()
     u, v = (x + 0.5 - mine["left"]) / size, (y + 0.5 - mine["top"]) / size
@@ -109,7 +108,9 @@ def render(batch: dict[str, Tensor], constants: dict[str, Tensor]) -> Tensor:
         (source[first] * (1 - weight_x) + source[first + 1] * weight_x) * (1 - weight_y)
         + (source[first + side] * (1 - weight_x) + source[first + side + 1] * weight_x) * weight_y
     ).permute(0, 3, 1, 2)
-    inside = ((u > PICTURE_MARGIN) & (u < 1 - PICTURE_MARGIN) & (v > PICTURE_MARGIN) & (v < 1 - PICTURE_MARGIN))[:, None]
+    inside = ((u > PICTURE_MARGIN) & (u < 1 - PICTURE_MARGIN) & (v > PICTURE_MARGIN) & (v < 1 - PICTURE_MARGIN))[
+        :, None
+    ]
     picture = picture * inside
     plate_image = picture[:, :3] + plate_color * (1 - picture[:, 3:])
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from .vocabulary import CLASSES, COLORS, COLUMNS, ROWS, WORDS, held_out
 
+
 IMAGE_SIZE = 336
 MAXIMUM_OBJECTS = 20
 LETTER_CELL_WIDTH, LETTER_CELL_HEIGHT = 14, 18
@@ -106,7 +107,9 @@ def _classes(number: int, rng: random.Random) -> list[int]:
 def make_scene(split: str, rng: random.Random) -> Scene:
     """A scene with 1 to 20 objects that do not overlap, placed freely; half of the scenes are crowded (11 or more)."""
     crowd = rng.random()
-    number = rng.randint(1, 4) if crowd < 0.2 else rng.randint(5, 10) if crowd < 0.5 else rng.randint(11, MAXIMUM_OBJECTS)
+    number = (
+        rng.randint(1, 4) if crowd < 0.2 else rng.randint(5, 10) if crowd < 0.5 else rng.randint(11, MAXIMUM_OBJECTS)
+    )
     objects: list[SceneObject] = []
     boxes: list[tuple[int, int, int, int]] = []
     words = rng.sample(range(len(WORDS)), number)
@@ -126,9 +129,7 @@ def make_scene(split: str, rng: random.Random) -> Scene:
         height = item.size + (label_height + 1 if label_height else 0) + 2
         for _ in range(60):
             left, top = rng.randint(1, IMAGE_SIZE - width), rng.randint(1, IMAGE_SIZE - height)
-            if all(
-                left + width <= x or x + w <= left or top + height <= y or y + h <= top for x, y, w, h in boxes
-            ):
+            if all(left + width <= x or x + w <= left or top + height <= y or y + h <= top for x, y, w, h in boxes):
                 boxes.append((left, top, width, height))
                 item.left, item.top = left + (width - item.size) // 2, top + 1
                 objects.append(item)

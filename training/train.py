@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import BatchMaker, Batches
+from .data import Batches, BatchMaker
 from .model import SMOKE_SIZE, ModelSize, TrainingModel, parameter_count
 from .optimizer import build_optimizers
 from .questions import KINDS
 from .render import GROUPS, renderer_constants
+
 
 RATES = {"": 2e-3, "llava.model.language_model": 3e-3, "llava.model.multi_modal_projector": 3e-3, "logit_scale": 1e-2}
 LONGEST_STEP = 1.0  # seconds that one step may count for: compilation is not training time
@@ -101,11 +102,17 @@ class Measures:
     def add(self, result: dict[str, Tensor], kinds: Tensor) -> None:
         right = result["turn_right"] & (kinds >= 0)
         place = kinds.clamp_min(0)
-        asked = torch.zeros(len(KINDS), device=kinds.device).scatter_add_(0, place.flatten(), (kinds >= 0).flatten().float())
+        asked = torch.zeros(len(KINDS), device=kinds.device).scatter_add_(
+            0, place.flatten(), (kinds >= 0).flatten().float()
+        )
         hits = torch.zeros_like(asked).scatter_add_(0, place.flatten(), right.flatten().float())
-        first_asked = torch.zeros_like(asked).scatter_add_(0, place[:, 0], torch.ones_like(place[:, 0], dtype=torch.float))
+        first_asked = torch.zeros_like(asked).scatter_add_(
+            0, place[:, 0], torch.ones_like(place[:, 0], dtype=torch.float)
+        )
         first_hits = torch.zeros_like(asked).scatter_add_(0, place[:, 0], right[:, 0].float())
-        values = {name: result[name].detach() for name in ("answers", "contrastive", "dense", "dense_accuracy", "retrieved")}
+        values = {
+            name: result[name].detach() for name in ("answers", "contrastive", "dense", "dense_accuracy", "retrieved")
+        }
         values |= {"asked": asked, "hits": hits, "first_asked": first_asked, "first_hits": first_hits}
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
@@ -166,7 +173,9 @@ def train(options: TrainingOptions) -> TrainingModel:
             optimizer.load_state_dict(value)
         progress.step, progress.seconds = state["step"], state["seconds"]
     elif (folder / "weights-0.safetensors").exists():
-        raise ValueError(f"{folder} has weights but no state.pt to go on from: name another folder, or put state.pt back")
+        raise ValueError(
+            f"{folder} has weights but no state.pt to go on from: name another folder, or put state.pt back"
+        )
     if options.compile:
         model.compile_parts()
     last = options.steps if options.steps is not None else 10**7
@@ -238,7 +247,10 @@ def train(options: TrainingOptions) -> TrainingModel:
             measures = Measures()
             write(row)
             if rank == 0:
-                brief = {name: row[name] for name in ("step", "seconds", "answers", "dense", "contrastive", "retrieved", *KINDS)}
+                brief = {
+                    name: row[name]
+                    for name in ("step", "seconds", "answers", "dense", "contrastive", "retrieved", *KINDS)
+                }
                 tqdm.write(json.dumps(brief))
         leave = time.monotonic() - began > options.stop_after
         if ranks > 1 and progress.step % 10 == 0:  # all processes must agree on the schedule and on when to stop
@@ -249,7 +261,8 @@ def train(options: TrainingOptions) -> TrainingModel:
             leave = False
         if progress.step % options.validate_every == 0 and rank == 0:
             validation = validation or [
-                move(maker(list(range(start, start + options.batch_size)))) for start in range(0, 4 * options.batch_size, options.batch_size)
+                move(maker(list(range(start, start + options.batch_size))))
+                for start in range(0, 4 * options.batch_size, options.batch_size)
             ]
             measured = Measures()
             for held in validation:  # with gradients on, though unused: without them every graph compiles again

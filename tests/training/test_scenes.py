@@ -35,14 +35,20 @@ def test_objects_do_not_overlap_and_stay_inside():
         canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), int)
         for item in scene.objects:
             label_left, label_top, width, height = item.label_box
-            for left, top, w, h in ((item.left, item.top, item.size, item.size), (label_left, label_top, width, height)):
-                assert 0 <= left and left + w <= IMAGE_SIZE and 0 <= top and top + h <= IMAGE_SIZE
+            for left, top, w, h in (
+                (item.left, item.top, item.size, item.size),
+                (label_left, label_top, width, height),
+            ):
+                assert left >= 0 and left + w <= IMAGE_SIZE and top >= 0 and top + h <= IMAGE_SIZE
                 canvas[top : top + h, left : left + w] += 1
         assert canvas.max() == 1
 
 
 def test_held_out_pairs_appear_only_in_their_split():
-    pairs = {split: [held_out(o.class_index, o.color) for s in _scenes(split, 200) for o in s.objects] for split in ("train", "test", "combination")}
+    pairs = {
+        split: [held_out(o.class_index, o.color) for s in _scenes(split, 200) for o in s.objects]
+        for split in ("train", "test", "combination")
+    }
     assert not any(pairs["train"]) and not any(pairs["test"])
     assert 0.4 < np.mean(pairs["combination"]) < 0.6
     assert sum(held_out(c, k) for c in range(len(CLASSES)) for k in range(len(COLORS))) == len(CLASSES)

@@ -15,6 +15,7 @@ from training.optimizer import orthogonal
 from training.render import renderer_constants
 from training.train import TrainingOptions, train
 
+
 OPTIONS = {"smoke": True, "batch_size": 4, "workers": 0, "warmup": 2, "log_every": 2, "steps": 4, "validate_every": 4}
 
 
@@ -59,7 +60,9 @@ def test_training_pass_equals_the_stock_forward():
         inputs = torch.cat([embed(batch["prefix"]), tokens, embed(batch["text"])], 1)
         positions = torch.arange(inputs.shape[1])[None].float()
         ours = model.llava.lm_head(model.language(inputs, positions))
-        ids = torch.cat([batch["prefix"], torch.full((1, patches), model.llava.config.image_token_id), batch["text"]], 1)
+        ids = torch.cat(
+            [batch["prefix"], torch.full((1, patches), model.llava.config.image_token_id), batch["text"]], 1
+        )
         stock = model.llava(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
         clip = clip_model(model)
