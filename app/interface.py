@@ -95,7 +95,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
             with gr.Column():
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=340, elem_id="picture")
                 question = gr.Textbox(label="Question", elem_id="question", max_length=1000, submit_btn=True)
-                preset = gr.Radio(list(PRESETS), value=own_preset, label="How tokens are chosen")
+                preset = gr.Radio(list(PRESETS), value=own_preset, label="How tokens are chosen", elem_id="preset")
                 threshold = gr.Slider(**threshold_of(own_preset), label="Threshold: higher keeps fewer tokens")
                 budget = gr.Slider(
                     0,

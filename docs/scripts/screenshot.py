@@ -1,4 +1,4 @@
-"""`python docs/scripts/screenshot.py`: start the app, ask as a person would, and take docs/pictures/app.png.
+"""`python -m docs.scripts.screenshot`: start the app, ask as a person would, and take docs/pictures/app.png.
 
 Needs the extra `demo`, selenium, and Debian's chromium and chromium-driver.
 """
@@ -22,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1240,1240"
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1240,1500"
 )
 
 

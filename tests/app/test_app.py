@@ -63,6 +63,11 @@ def test_ask_and_ask_again(page):
     budget.send_keys("30", screenshot.Keys.TAB)
     page.wait(lambda: page.text("counts").startswith("30 of 576"))
 
+    budget.send_keys(screenshot.Keys.CONTROL, "a")
+    budget.send_keys("0", screenshot.Keys.TAB)
+    page.driver.find_element("css selector", "#preset input[value=paper]").click()
+    page.wait(lambda: not page.text("counts").startswith("30 of 576") and " 1 merged" not in page.text("counts"))
+
     page.remove_picture()
     page.wait(lambda: "RAIN" not in page.text("compressed"))
 
