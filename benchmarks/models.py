@@ -1,7 +1,7 @@
 """Models of full LLaVA-1.5 size with random weights, made on the GPU, and inputs for them.
 
 Speed does not depend on the weights, with one exception: how many tokens adaptive mode keeps. Random weights have no
-attention that stands out, so the model computes its own scores as ever and goes on with drawn ones (`DrawnScores`).
+attention that stands out, so the model computes its own scores as ever and goes on with drawn ones (`DrawnModel`).
 
 All methods share one set of weights:
 
@@ -57,10 +57,34 @@ SHAPES = {
 }
 
 
-def draw_scores(num_images: int, num_patches: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class attention and relevance [I, N] with heavy tails, so that LOF keeps about 56 of 576 patches (± 11).
+@dataclass(frozen=True)
+class Drawn:
+    """What takes the place of random weights' outputs, for a few images that larger batches repeat."""
 
-    Student's t with 3 and 2 degrees of freedom; the first through a softmax, as attention is one.
+    visual_scores: torch.Tensor  # [I, N]
+    text_scores: torch.Tensor  # [I, N]
+    patches: torch.Tensor  # [I, N, C]
+
+    def first(self, count: int) -> "Drawn":
+        """The first `count` images, again from the start where there are not as many."""
+        num_images = len(self.visual_scores)
+        if count <= num_images:
+            return Drawn(self.visual_scores[:count], self.text_scores[:count], self.patches[:count])
+        index = torch.arange(count, device=self.patches.device) % num_images
+        return Drawn(self.visual_scores[index], self.text_scores[index], self.patches[index])
+
+    def only(self, image: int) -> "Drawn":
+        """One image in every row."""
+        of_image = (values[image].expand_as(values) for values in (self.visual_scores, self.text_scores, self.patches))
+        return Drawn(*of_image)
+
+
+def draw(num_images: int, num_patches: int, channels: int, mean_tokens: int = MEAN_TOKENS, seed: int = 2) -> Drawn:
+    """Scores with heavy tails, and patches of which about `mean_tokens` (± a fifth) differ from all others.
+
+    Class attention is the softmax of Student's t (3 degrees of freedom), relevance Student's t (2): the paper's preset
+    then keeps 56 ± 11 of 576 patches. An image's patches scatter closely around as many centres as there are tokens to
+    keep, so the default preset, which counts patches that are new, keeps `mean_tokens` ± a fifth.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,57 +93,83 @@ def draw_scores(num_images: int, num_patches: int, seed: int = 1) -> tuple[torch
         spread = torch.randn(num_images, num_patches, degrees, generator=generator).square().mean(2).sqrt()
         return normal / spread
 
-    return students_t(3).softmax(1), 0.15 + 0.02 * students_t(2)
+    visual, text = students_t(3).softmax(1), 0.15 + 0.02 * students_t(2)
+    num_centres = (
+        (mean_tokens * (1 + 0.2 * torch.randn(num_images, 1, generator=generator))).long().clamp(2, num_patches)
+    )
+    centres = torch.randn(num_images, num_patches, channels, generator=generator)
+    member = torch.arange(num_patches) % num_centres  # every centre has a patch
+    noise = torch.randn(num_images, num_patches, channels, generator=generator)
+    patches = centres.gather(1, member[:, :, None].expand(-1, -1, channels)) + 0.1 * noise
+    return Drawn(visual, text, patches)
 
 
-class DrawnScores(RecoverableLlavaModel):
-    """Computes class attention and relevance as ever, then goes on with drawn ones."""
+class DrawnModel(RecoverableLlavaModel):
+    """Computes attention, relevance and features as ever, then chooses by drawn ones."""
 
-    drawn: tuple[torch.Tensor, torch.Tensor] | None = None
+    drawn: Drawn | None = None
 
     def get_vision_features(self, *args: Any, **kwargs: Any) -> VisionFeatures:
         vision = super().get_vision_features(*args, **kwargs)
-        return vision if self.drawn is None else replace(vision, visual_scores=self.drawn[0][: len(vision.patches)])
+        if self.drawn is None:
+            return vision
+        drawn = self.drawn.first(len(vision.patches))
+        return replace(vision, visual_scores=drawn.visual_scores, patches=drawn.patches)
 
     def _text_scores(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         scores, has_question = super()._text_scores(*args, **kwargs)
-        return scores if self.drawn is None or scores is None else self.drawn[1][: len(scores)], has_question
+        if self.drawn is None or scores is None:
+            return scores, has_question
+        return self.drawn.first(len(scores)).text_scores, has_question
 
 
 class OurLlava(RecoverableLlavaForConditionalGeneration):
     def __init__(self, config: RecoverableLlavaConfig):
         super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = DrawnScores(config)
+        self.model = DrawnModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
 
-class BoundModel(LlavaModel):
+class StockModel(LlavaModel):
+    """Stock, but without the check that placeholders match features while a CUDA graph is captured."""
+
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> torch.Tensor:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return (input_ids == self.config.image_token_id)[:, :, None]
+        return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+
+class BoundModel(StockModel):
     """Stock, with the first `num_tokens` patches of every image: the vision tower and a short prompt, no selection."""
 
     num_tokens = MEAN_TOKENS
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        outputs = self.vision_tower(
-            pixel_values, output_hidden_states=[self.config.vision_config.num_hidden_layers - 1]
-        )
+        outputs = self.vision_tower(pixel_values, output_hidden_states=True)
         features = outputs.hidden_states[self.config.vision_config.num_hidden_layers - 1]
         outputs.pooler_output = list(self.multi_modal_projector(features[:, 1 : 1 + self.num_tokens]))
         return outputs
 
 
-class BoundLlava(LlavaForConditionalGeneration):
+class StockLlava(LlavaForConditionalGeneration):
+    model_class = StockModel
+
     def __init__(self, config: LlavaConfig):
         super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = BoundModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+
+class BoundLlava(StockLlava):
+    model_class = BoundModel
 
 
 @dataclass
 class Models:
     ours: OurLlava
-    stock: LlavaForConditionalGeneration
+    stock: StockLlava
     bound: BoundLlava
 
 
@@ -159,10 +209,12 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
     )
     with torch.device(device):
         ours = OurLlava._from_config(config, dtype=dtype).eval()
-        drawn = draw_scores(1024, shape.num_patches)
-    ours.model.drawn = tuple(scores.to(device) for scores in drawn)
+    drawn = draw(64, shape.num_patches, shape.tower_width, min(MEAN_TOKENS, shape.num_patches // 4))
+    ours.model.drawn = Drawn(
+        drawn.visual_scores.to(device), drawn.text_scores.to(device), drawn.patches.to(device, dtype)
+    )
     with torch.device("meta"):
-        stock = LlavaForConditionalGeneration._from_config(LlavaConfig(**settings), dtype=dtype)
+        stock = StockLlava._from_config(LlavaConfig(**settings), dtype=dtype)
         bound = BoundLlava._from_config(LlavaConfig(**settings), dtype=dtype)
     for other in (stock, bound):
         for name in ("vision_tower", "multi_modal_projector", "language_model"):

@@ -4,9 +4,7 @@ A row: shape, batch, method, mode ("eager", "captured" as one CUDA graph, "compi
 Quantities end in their unit: `_ms`, `_bytes`, `_per_s`, or none for counts.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +13,11 @@ import torch
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.modeling_recoverable_llava import VisionFeatures
 from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release
-from .models import Models, Shape, draw_scores, make_inputs, without_question
+from .models import MEAN_TOKENS, Drawn, Models, Shape, draw, make_inputs, without_question
 
 
 Row = dict[str, Any]
@@ -74,27 +71,27 @@ class Bench:
         return 0.02 * torch.randn(batch_size, length, self.shape.hidden_size, device=self.device, dtype=self.dtype)
 
 
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Without transformers' check that placeholders match features, which waits for the device."""
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"]
-
-
 # ------------------------------------------------------------------------------------------------------- the selector
 
 
-def choose(
-    vision: VisionFeatures, text_scores: torch.Tensor, has_question: torch.Tensor, budget: int | None, neighbors: int
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Scored:
+    """What the selector starts from."""
+
+    drawn: Drawn
+    keys: torch.Tensor  # [I, N, C]
+    has_question: torch.Tensor  # [I]
+
+
+def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = False) -> torch.Tensor:
     """The selector: from scores to gathered tokens, with one copy to the host if there is no budget."""
+    drawn = scored.drawn
     selection = select_tokens(
-        vision.visual_scores,
-        text_scores,
-        has_question,
+        drawn.visual_scores,
+        drawn.text_scores,
+        scored.has_question,
+        features=None if is_paper else drawn.patches,
+        merge_centres=is_paper,
         visual_lof_neighbors=neighbors,
         text_lof_neighbors=neighbors,
         visual_token_budget=budget,
@@ -105,33 +102,38 @@ def choose(
         longest = merged = budget
     assembly = assemble_tokens(
         selection,
-        vision.visual_scores,
-        vision.keys,
-        text_scores,
-        has_question,
+        drawn.visual_scores,
+        scored.keys,
+        drawn.text_scores,
+        scored.has_question,
         num_tokens=longest,
         num_merged=merged,
     )
-    return gather_tokens(vision.patches, assembly)
+    return gather_tokens(drawn.patches, assembly)
 
 
-def random_vision(bench: Bench, batch_size: int, num_patches: int) -> tuple[VisionFeatures, torch.Tensor, torch.Tensor]:
-    visual, text = (scores.to(bench.device) for scores in draw_scores(batch_size, num_patches))
-    patches = torch.randn(batch_size, num_patches, bench.shape.tower_width, device=bench.device, dtype=bench.dtype)
-    keys = torch.randn_like(patches)
-    vision = VisionFeatures(patches, None, visual, keys, relevance_embeds=visual[:, :, None])
-    return vision, text, torch.ones(batch_size, dtype=torch.bool, device=bench.device)
+def draw_scored(bench: Bench, batch_size: int, num_patches: int) -> Scored:
+    mean = min(MEAN_TOKENS, num_patches // 4)
+    drawn = draw(min(batch_size, 8), num_patches, bench.shape.tower_width, mean)
+    drawn = Drawn(
+        drawn.visual_scores.to(bench.device),
+        drawn.text_scores.to(bench.device),
+        drawn.patches.to(bench.device, bench.dtype),
+    ).first(batch_size)
+    has_question = torch.ones(batch_size, dtype=torch.bool, device=bench.device)
+    return Scored(drawn, torch.randn_like(drawn.patches), has_question)
 
 
 def selector(bench: Bench, batch_size: int) -> Iterator[Row]:
     neighbors, repeats = bench.shape.lof_neighbors, 4 * bench.repeats
-    arguments = random_vision(bench, batch_size, bench.shape.num_patches)
-    scores = arguments[0].visual_scores
-    for method, budget in (("adaptive", None), ("fixed", bench.budget)):
-        time = milliseconds(partial(choose, *arguments, budget, neighbors), repeats)
-        yield bench.row(batch_size, method, "eager", "selector_ms", time)
-    captured = Captured(lambda: choose(*arguments, bench.budget, neighbors))
-    yield bench.row(batch_size, "fixed", "captured", "selector_ms", milliseconds(captured, repeats))
+    scored = draw_scored(bench, batch_size, bench.shape.num_patches)
+    scores = scored.drawn.visual_scores
+    for preset, is_paper in (("", False), (", paper's preset", True)):
+        for method, budget in (("adaptive", None), ("fixed", bench.budget)):
+            time = milliseconds(partial(choose, scored, budget, neighbors, is_paper), repeats)
+            yield bench.row(batch_size, method + preset, "eager", "selector_ms", time)
+        captured = Captured(partial(choose, scored, bench.budget, neighbors, is_paper))
+        yield bench.row(batch_size, "fixed" + preset, "captured", "selector_ms", milliseconds(captured, repeats))
     time = milliseconds(lambda: local_outlier_factor(scores, neighbors), repeats)
     yield bench.row(batch_size, "lof", "eager", "lof_ms", time)
     captured = Captured(lambda: local_outlier_factor(scores, neighbors))
@@ -140,29 +142,33 @@ def selector(bench: Bench, batch_size: int) -> Iterator[Row]:
 
 def selector_growth(bench: Bench, batch_size: int) -> Iterator[Row]:
     """How the selector's cost grows with the number of patches, captured so that launches do not hide it."""
-    for num_patches in (bench.shape.num_patches * factor for factor in (1, 4, 16)):
-        arguments = random_vision(bench, batch_size, num_patches)
-        run = Captured(partial(choose, *arguments, bench.budget, bench.shape.lof_neighbors))
-        yield bench.row(batch_size, "fixed", "captured", f"selector_{num_patches}_patches_ms", milliseconds(run))
-        del run
+    for preset, is_paper in ((", paper's preset", True), ("", False)):
+        for num_patches in (bench.shape.num_patches * factor for factor in (1, 4, 16)):
+            if not is_paper and batch_size * num_patches**2 > 1e9:
+                continue  # the distances between all patches of all images do not fit
+            scored = draw_scored(bench, batch_size, num_patches)
+            run = Captured(partial(choose, scored, bench.budget, bench.shape.lof_neighbors, is_paper))
+            quantity = f"selector_{num_patches}_patches_ms"
+            yield bench.row(batch_size, "fixed" + preset, "captured", quantity, milliseconds(run))
+            del run
+            release()
 
 
 def released_step(bench: Bench) -> Iterator[Row]:
     """Our step and the paper's released one, batch 1, 60 kept patches and 20 centres in both."""
-    vision, text, has_question = random_vision(bench, 1, bench.shape.num_patches)
+    scored = draw_scored(bench, 1, bench.shape.num_patches)
+    drawn, neighbors = scored.drawn, bench.shape.lof_neighbors
     counts = (30, 30, 20) if bench.shape.num_patches >= 200 else (5, 5, 3)
     merge_neighbors = min(32, bench.shape.num_patches // 8)
-    given = (vision.visual_scores.to(bench.dtype), text.to(bench.dtype), vision.keys, vision.patches)
+    given = (drawn.visual_scores.to(bench.dtype), drawn.text_scores.to(bench.dtype), scored.keys, drawn.patches)
     for quantity, number in (("released_step_ms", counts), ("released_step_own_counts_ms", None)):
         released = partial(paper_release.recover, *given, number, merge_neighbors)
         yield bench.row(1, "paper, as released", "eager", quantity, milliseconds(released, bench.repeats))
-    num_tokens = sum(counts) + 1
-
-    def ours() -> torch.Tensor:
-        return choose(vision, text, has_question, num_tokens, bench.shape.lof_neighbors)
-
-    yield bench.row(1, "fixed", "eager", "same_step_ms", milliseconds(ours, 2 * bench.repeats))
-    yield bench.row(1, "fixed", "captured", "same_step_ms", milliseconds(Captured(ours), 2 * bench.repeats))
+    for preset, is_paper in (("", False), (", paper's preset", True)):
+        ours = partial(choose, scored, sum(counts) + 1, neighbors, is_paper)
+        yield bench.row(1, "fixed" + preset, "eager", "same_step_ms", milliseconds(ours, 2 * bench.repeats))
+        captured = Captured(ours)
+        yield bench.row(1, "fixed" + preset, "captured", "same_step_ms", milliseconds(captured, 2 * bench.repeats))
 
 
 # ---------------------------------------------------------------------------------------------------------- the towers
@@ -172,9 +178,8 @@ def towers(bench: Bench, batch_size: int) -> Iterator[Row]:
     ours, stock = bench.models.ours.model, bench.models.stock
     _, inputs = bench.prepare("adaptive", batch_size)
     pixels, questions = inputs["pixel_values"], inputs["question_input_ids"]
-    layers = [bench.shape.tower_layers - 1]
     parts: dict[str, tuple[str, Callable[[], Any]]] = {
-        "vision_tower_ms": ("stock", lambda: stock.model.vision_tower(pixels, output_hidden_states=layers)),
+        "vision_tower_ms": ("stock", lambda: stock.model.vision_tower(pixels, output_hidden_states=True)),
         "vision_features_ms": ("adaptive", lambda: ours.get_vision_features(pixels)),
         "question_tower_ms": ("adaptive", lambda: ours.get_question_embeds(questions)),
     }
@@ -215,7 +220,8 @@ def eager(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     yield bench.row(batch_size, method, "eager", "prefill_peak_bytes", peak)
     _, cache = bench.prefill(embeds, mask)
     step = bench.random_embeds(batch_size, 1)
-    time = milliseconds(lambda: bench.prefill(step, None, cache), 2 * bench.repeats)
+    # A growing cache asks for new memory with each step; after some steps the allocator has it.
+    time = milliseconds(lambda: bench.prefill(step, None, cache), 2 * bench.repeats, warm_up=12)
     yield bench.row(batch_size, method, "eager", "decode_step_ms", time)
 
 
@@ -223,8 +229,7 @@ def captured(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     """Towers, selector, projector and prefill as one CUDA graph, the decode step as another, on a static cache."""
     model, inputs = bench.prepare(method, batch_size)
     inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    with unchecked():
-        first = Captured(lambda: bench.first_token(model, inputs))
+    first = Captured(lambda: bench.first_token(model, inputs))
     time = milliseconds(first, bench.repeats, warm_up=1)
     yield bench.row(batch_size, method, "captured", "first_token_ms", time)
     token, cache = first.result
@@ -286,12 +291,10 @@ def same_question(bench: Bench, batch_size: int) -> Iterator[Row]:
 def even_batch(bench: Bench, batch_size: int) -> Iterator[Row]:
     """Adaptive with one image repeated: what the raggedness of a batch costs."""
     drawn = bench.models.ours.model.drawn
-    mean = bench.models.bound.model.num_tokens
-    counts = select_tokens(
-        *drawn, visual_lof_neighbors=bench.shape.lof_neighbors, text_lof_neighbors=bench.shape.lof_neighbors
-    ).num_tokens
-    typical = int((counts - mean).abs().argmin())
-    bench.models.ours.model.drawn = tuple(scores[typical].expand_as(scores) for scores in drawn)
+    model, inputs = bench.prepare("adaptive", min(64, len(drawn.visual_scores)))
+    counts = model.recover_tokens(**inputs).selection.num_tokens
+    typical = int((counts - bench.models.bound.model.num_tokens).abs().argmin())
+    model.model.drawn = drawn.only(typical)
     try:
         model, inputs = bench.prepare("adaptive", batch_size)
         time = milliseconds(lambda: bench.first_token(model, inputs), bench.repeats)
@@ -356,6 +359,8 @@ def largest_batch(bench: Bench, start: int, method: str) -> Iterator[Row]:
         guess = (
             (fits + fails) // 2 if fails - fits < 0.2 * fits else int(1.06 * fits if fits == guess else 0.94 * fails)
         )
+    if fits == start:
+        raise RuntimeError(f"Not even a batch above {start} fits: something else holds the device's memory.")
     yield bench.row(fits, method, "eager", "largest_batch", fits)
 
 
