@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     )
     recovery = building.add_argument_group("recovery settings, as in RecoverableLlavaConfig")
     for name, kind in RECOVERY_SETTINGS.items():
-        recovery.add_argument(f"--{name.replace('_', '-')}", type=parse_bool if kind is bool else kind, dest=name)
+        parse, shown = (parse_bool, "true|false") if kind is bool else (kind, kind.__name__)
+        recovery.add_argument(f"--{name.replace('_', '-')}", type=parse, dest=name, metavar=shown)
 
     access = argparse.ArgumentParser(add_help=False)
     access.add_argument(

@@ -36,7 +36,7 @@ from hub_upload.checkpoint import (
 )
 from hub_upload.model_card import base_license, model_card, read_results
 from hub_upload.publish import CARD, PROVENANCE, Source, fetch_source
-from hub_upload.remote_code import PAGE, executed_files, package_folder, remote_code_page
+from hub_upload.remote_code import PAGE, configuration_fields, executed_files, package_folder, remote_code_page
 
 
 EXTRA_SHARD = "model-question-tower.safetensors"
@@ -48,21 +48,7 @@ LICENSE_PATTERNS = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 # A difference this small is the rounding of the same weights to 16 bits, once or twice.
 ROUNDING, SUBNORMAL = 2.0**-7, 1e-6
 
-RECOVERY_SETTINGS: dict[str, type] = {
-    "compress": bool,
-    "attention_layer": int,
-    "visual_lof_neighbors": int,
-    "text_lof_neighbors": int,
-    "merge_lof_neighbors": int,
-    "lof_threshold": float,
-    "text_relevance": str,
-    "merge_neighbors": int,
-    "text_merge_weight": float,
-    "merge_remaining": bool,
-    "min_visual_tokens": int,
-    "max_visual_tokens": int,
-    "visual_token_budget": int,
-}
+RECOVERY_SETTINGS = configuration_fields()
 
 CLIP_OF_BASE = {
     "llava-hf/llava-1.5-7b-hf": "openai/clip-vit-large-patch14-336",

@@ -76,6 +76,20 @@ def _savings(config: dict[str, Any], patches: int) -> str:
     )
 
 
+def _selection(config: dict[str, Any]) -> str:
+    if not config["diversity"]:
+        return ""
+    return "Unlike the paper's, this selection spends no token on a near copy of another. "
+
+
+def _fewer_tokens(config: dict[str, Any]) -> str:
+    """A line of code that lets fewer tokens stay, with these settings."""
+    if config["visual_token_budget"] is not None:
+        return "model.config.visual_token_budget = processor.visual_token_budget = 8  # from the next prompt on"
+    name, value = ("novelty_threshold", 0.5) if config["diversity"] else ("lof_threshold", 2.0)
+    return f"model.config.{name} = {value}  # fewer tokens; takes effect on the next call"
+
+
 def _results_table(results: list[dict[str, Any]]) -> str:
     if not results:
         return (
@@ -107,8 +121,7 @@ def model_card(
     settings = "\n".join(f"| `{name}` | `{json.dumps(config[name])}` |" for name in sorted(provenance["recovery"]))
     tower = (
         "\n- The vision tower of the base differs from the one that the question's text tower was trained with. "
-        "Relevance "
-        "to the question was not checked for it."
+        "Relevance to the question was not checked for it."
         if provenance["vision_tower_differs"]
         else ""
     )
@@ -125,8 +138,8 @@ def model_card(
 
 The weights of {_named(base)}, unchanged, plus a step between vision tower and language model that drops most visual
 tokens: it keeps what the vision tower attends to, **recovers what the question asks about**, and merges the rest. No
-training is involved (Chen et al., [arXiv 2409.01179](https://arxiv.org/abs/2409.01179)). Relevance to the question
-comes from the text tower of {_named(clip)}.
+training is involved (Chen et al., [arXiv 2409.01179](https://arxiv.org/abs/2409.01179)). {_selection(config)}Relevance
+to the question comes from the text tower of {_named(clip)}.
 
 ## Use it
 
@@ -180,7 +193,7 @@ The question is the text of the last user message; `processor(..., questions=[..
 
 ```python
 print(model.recover_tokens(**inputs).selection.num_tokens)  # how many visual tokens stay, per image
-model.config.lof_threshold = 2.0  # fewer tokens; takes effect on the next call
+{_fewer_tokens(config)}
 model.config.compress = False  # stock LLaVA, bit for bit
 ```
 

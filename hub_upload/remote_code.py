@@ -7,6 +7,7 @@ from the files that `auto_map` points to, so that it cannot miss a file or carry
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -17,10 +18,28 @@ PAGE = "trust_remote_code.md"
 HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *](\S+\.py)$", flags=re.MULTILINE)
 
 
-def package_folder() -> Path:
-    import recoverable_llava
+CONFIGURATION = "configuration_recoverable_llava.py"
+NOT_RECOVERY = {"question_config"}
 
-    return Path(recoverable_llava.__file__).parent
+
+def package_folder() -> Path:
+    """Found without importing the package, which would import torch for commands that only send files."""
+    specification = importlib.util.find_spec("recoverable_llava")
+    if specification is None or specification.origin is None:
+        raise ImportError(
+            "hub_upload needs the package recoverable_llava: install it, or run from the repository's root"
+        )
+    return Path(specification.origin).parent
+
+
+def configuration_fields() -> dict[str, type]:
+    """Every recovery setting of RecoverableLlavaConfig and its type, read from the source: no second list to keep."""
+    source = ast.parse((package_folder() / CONFIGURATION).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    kinds = {"bool": bool, "int": int, "float": float, "str": str}
+    annotated = [node for node in classes["RecoverableLlavaConfig"].body if isinstance(node, ast.AnnAssign)]
+    types = {ast.unparse(node.target): ast.unparse(node.annotation).split(" | ")[0] for node in annotated}
+    return {name: kinds[kind] for name, kind in types.items() if name not in NOT_RECOVERY}
 
 
 def executed_files(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from layouts import LAYOUTS, save_layout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import LlavaConfig
 
 import hub_upload.build as build_module
 from hub_upload.build import (
@@ -47,12 +48,18 @@ def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
 
-def test_settings_are_the_fields_of_the_configuration():
-    own = set(RecoverableLlavaConfig.__annotations__) - {"model_type", "sub_configs", "question_config"}
-    assert set(RECOVERY_SETTINGS) == own
-    types = {field.name: str(field.type) for field in dataclasses.fields(RecoverableLlavaConfig)}
+def test_settings_are_read_from_the_configuration():
+    fields = {field.name: str(field.type) for field in dataclasses.fields(RecoverableLlavaConfig)}
+    inherited = {field.name for field in dataclasses.fields(LlavaConfig)}
+    assert set(RECOVERY_SETTINGS) == set(fields) - inherited - {"question_config"}
     for name, kind in RECOVERY_SETTINGS.items():
-        assert kind.__name__ in types[name], name
+        assert kind.__name__ in fields[name], name
+
+
+def test_commands_that_only_send_files_import_no_torch():
+    heavy = "{'torch', 'transformers', 'recoverable_llava'}"
+    script = f"import sys, hub_upload.__main__; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_folder_holds_everything_and_base_shards_are_the_same_files(built_once, base):
@@ -477,6 +484,19 @@ def test_card_says_what_a_person_wants_to_know(built_once):
     for said in ("trust_remote_code=True", "compress = False", "2409.01179", "No benchmark has been run", "36 visual"):
         assert said in card.text, said
     assert str(Path(built_once).parent) not in card.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"diversity": True}, "novelty_threshold = 0.5"),
+        ({"diversity": False}, "lof_threshold = 2.0"),
+        ({"visual_token_budget": 9}, "visual_token_budget = 8"),
+    ],
+)
+def test_card_names_the_setting_that_has_an_effect(tmp_path, llava_folder, clip, settings, line):
+    output = build(llava_folder, tmp_path / "out", clip=str(clip), **tiny.RECOVERY, **settings)
+    assert line in (output / "README.md").read_text()
 
 
 def test_card_with_results_budget_and_another_license(tmp_path, llava_folder, clip):
