@@ -116,6 +116,13 @@ def test_broken_pictures(capsys, tmp_path, pictures):
         assert name in err and message in err and err.count("\n") == 1
 
 
+def test_a_picture_is_turned_as_its_camera_says(tmp_path, pictures):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    pictures[0].save(tmp_path / "upright.jpg", exif=exif)
+    assert asking.open_picture(tmp_path / "upright.jpg").size == pictures[0].size[::-1]
+
+
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys, repo_folder, llava_folder, picture, folder, tmp_path, monkeypatch
 ):
