@@ -326,20 +326,20 @@ def publish(
     client = hub_client(token)
     action = f"Publishing to {repo_id}"
     with explained(action, token):
-        head, exists, remote = _target_state(client, repo_id, branch, private)
-        _refuse_foreign_model(repo_id, remote, create_pr)
         base = _base_files(client, provenance)
-        plan = _plan(folder, repo_id, provenance, remote, base)
+        target = _target_state(client, repo_id, branch, private, create_pr)
+        plan = _plan(folder, repo_id, provenance, target.files, base)
         if dry_run:
-            return Publication(repo_id, f"{constants.ENDPOINT}/{repo_id}", head, None, plan, dry_run=True)
-        if not exists:
+            return Publication(repo_id, f"{constants.ENDPOINT}/{repo_id}", target.head, None, plan, dry_run=True)
+        if not target.exists:
             client.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
-            head = client.model_info(repo_id).sha
-        if exists and head is None:
+            # Looked at again: somebody else may have created it between the two calls.
+            target = _target_state(client, repo_id, branch, private, create_pr)
+            plan = _plan(folder, repo_id, provenance, target.files, base)
+        head = target.head
+        if head is None:
             client.create_branch(repo_id, branch=branch, exist_ok=True)
             head = client.model_info(repo_id, revision=branch).sha
-        elif not exists and branch != MAIN:
-            client.create_branch(repo_id, branch=branch, exist_ok=True)
         if all(entry.action == "keep" for entry in plan):
             return Publication(repo_id, f"{constants.ENDPOINT}/{repo_id}", head, None, plan)
         commit = _commit_with_fallback(
@@ -374,16 +374,22 @@ def _checked_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def _target_state(
-    client: HfApi, repo_id: str, branch: str, private: bool
-) -> tuple[str | None, bool, dict[str, RepoFile]]:
-    """Head of the branch or None, whether the repository exists, and the files that a commit would start from."""
+@dataclass(frozen=True)
+class _Target:
+    """Where a commit would go: `head` is None for a missing branch, `files` are what it would start from."""
+
+    exists: bool
+    head: str | None
+    files: dict[str, RepoFile]
+
+
+def _target_state(client: HfApi, repo_id: str, branch: str, private: bool, create_pr: bool) -> _Target:
     try:
         info = client.model_info(repo_id)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401 and get_token() is None and client.token is None:
             raise
-        return None, False, {}
+        return _Target(False, None, {})
     if private and not info.private:
         raise ValueError(
             f"private=True, but {repo_id} exists and is public: make it private in its settings first, or choose "
@@ -396,15 +402,13 @@ def _target_state(
         except RevisionNotFoundError:
             head = None
     entries = client.list_repo_tree(repo_id, revision=head or info.sha, recursive=True)
-    return head, True, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _refuse_foreign_model(repo_id: str, remote: dict[str, RepoFile], create_pr: bool) -> None:
-    if "config.json" in remote and PROVENANCE not in remote and not create_pr:
+    files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    if "config.json" in files and PROVENANCE not in files and not create_pr:
         raise ValueError(
             f"repo_id={repo_id!r} holds a model that this tool did not publish; committing would replace it. Choose "
             "another repo id, or propose the replacement with --create-pr"
         )
+    return _Target(True, head, files)
 
 
 def _base_files(client: HfApi, provenance: dict[str, Any]) -> dict[str, RepoFile]:

@@ -294,6 +294,9 @@ def test_repository_that_somebody_creates_meanwhile(hub, command_line, built):
         return True
 
     hub.faults.append(Fault("POST", "/api/repos/create", created))  # and the Hub answers 409
+    private = command_line("publish", built, REPO_ID, "--private")
+    assert private.returncode == 1 and "exists and is public" in private.stderr
+    assert_main_untouched(hub)
     run = command_line("publish", built, REPO_ID)
     assert run.returncode == 0, run.stderr
     assert_published_whole(hub, built)
