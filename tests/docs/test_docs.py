@@ -131,6 +131,14 @@ def test_troubleshooting_quotes_real_messages():
     assert not missing
 
 
+def test_the_table_in_the_readme_repeats_what_was_measured():
+    measured = (ROOT / "docs/performance.md").read_text()
+    section = (ROOT / "README.md").read_text().split("## What it saves")[1].split("##")[0]
+    figures = re.findall(r"([\d.]+) (?:ms|GB|×)", section)
+    assert len(figures) > 10
+    assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", measured)] == []
+
+
 def test_versions_are_those_that_are_tested():
     page = (ROOT / "docs/compatibility.md").read_text()
     (newest,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
