@@ -1,11 +1,10 @@
 # Every target sets up what it needs: `make demo` and `make test` are all a newcomer runs.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-LOWEST_VENV ?= $(VENV)-lowest
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo app test test-lowest quick quality bench docs pictures checkpoint-code clean
+.PHONY: demo app test test-lowest test-between quick quality bench docs pictures checkpoint-code clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=2 $(PYTHON) -m demo
@@ -16,9 +15,13 @@ app: $(VENV)/.installed-app
 test: $(VENV)/.installed-app
 	$(PYTHON) -m pytest -n auto --dist loadfile
 
-# The lowest transformers that pyproject declares; all that touches transformers runs on it too.
-test-lowest: $(LOWEST_VENV)/.installed
-	$(LOWEST_VENV)/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/hub_upload
+# All that touches transformers runs on the lowest version that pyproject declares, and the model on one in between, too.
+test-lowest: $(VENV)-5.12.0/.installed
+	$(VENV)-5.12.0/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/hub_upload
+
+test-between: $(VENV)-5.17.0/.installed
+	$(VENV)-5.17.0/bin/python -m pytest -n auto --dist loadfile tests/test_vision_features.py tests/test_combine.py \
+		tests/test_forward.py tests/test_generation.py tests/test_configuration.py
 
 quick: $(VENV)/.installed
 	$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/test_*.py
@@ -47,10 +50,10 @@ $(VENV)/.installed-app: $(VENV)/.installed
 	$(PYTHON) -m pip install -q -c constraints.txt -e ".[demo,docs]"
 	touch $@
 
-$(LOWEST_VENV)/.installed: pyproject.toml constraints.txt
-	python3 -m venv $(LOWEST_VENV)
-	sed '/^transformers==/d; /^huggingface_hub==/d; /^tokenizers==/d' constraints.txt > $(LOWEST_VENV)/constraints.txt
-	$(LOWEST_VENV)/bin/python -m pip install -q -c $(LOWEST_VENV)/constraints.txt "transformers==5.12.0" -e ".[dev]"
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)-$*
+	sed '/^transformers==/d; /^huggingface_hub==/d; /^tokenizers==/d' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install -q -c $(VENV)-$*/constraints.txt "transformers==$*" -e ".[dev]"
 	touch $@
 
 # The remote code of the embedded checkpoint is that of the package, byte for byte.
@@ -58,4 +61,4 @@ checkpoint-code:
 	for file in checkpoints/tiny/*.py; do cp recoverable_llava/$$(basename $$file) $$file; done
 
 clean:
-	rm -rf $(VENV) $(LOWEST_VENV) site build *.egg-info
+	rm -rf $(VENV) $(VENV)-* site build *.egg-info
