@@ -1,4 +1,4 @@
-"""`python -m docs.scripts.pictures`: draw questions.png and steps.png of docs/pictures with the embedded checkpoint."""
+"""`make pictures`: draw questions.png and steps.png of docs/pictures with the embedded checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from demo.scene import ANSWERS, PICTURE
 from recoverable_llava.asking import ask, load, open_picture, user_turn
 from recoverable_llava.visualize import draw_questions, draw_recovery, seen_square
 
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
-STEPS_QUESTION = "What color is the plate of the penguin?"
+QUESTIONS = ("What word is under the lemon?", "What color is the plate of the penguin?")
 PANEL = 384
 
 
@@ -43,15 +42,15 @@ def _tiled(panels: dict[str, Image.Image], columns: int) -> Image.Image:
 
 def main() -> None:
     model, processor = load(str(ROOT / "checkpoints" / "tiny"), "cpu")
-    picture = open_picture(PICTURE)
-    answers = {question: ask(model, processor, [user_turn(question, picture)]) for question in list(ANSWERS)[:2]}
+    picture = open_picture(ROOT / "demo" / "scene.png")
+    answers = {question: ask(model, processor, [user_turn(question, picture)]) for question in QUESTIONS}
     draw_questions(
         picture,
         {question: answer.recovery for question, answer in answers.items()},
         answers={question: answer.text for question, answer in answers.items()},
     ).save(PICTURES / "questions.png", optimize=True)
 
-    recovery = answers[STEPS_QUESTION].recovery
+    recovery = answers[QUESTIONS[1]].recovery
     selection, nothing = recovery.selection, torch.zeros_like(recovery.selection.kept_by_vision)
     first = replace(selection, recovered_by_text=nothing, merge_centres=nothing)
     second = replace(selection, merge_centres=nothing)
