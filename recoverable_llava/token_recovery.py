@@ -134,54 +134,59 @@ def select_tokens(
         num_visual = num_novel - for_text
         by_vision = _descending(visual_scores * novelty)
     num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
-    kept_by_vision = _first(by_vision, num_visual, valid)
 
     # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
     # is the share of the other patches to recover.
-    def by_relevance(kept: torch.Tensor) -> torch.Tensor:
-        if distance is None:
-            return _descending(text_scores)
-        novelty = _novelty(text_scores.masked_fill(kept, torch.inf), distance, valid)
-        return _descending(_above_lowest(text_scores, valid) * novelty)
-
     if text_scores is None:
         num_text = torch.zeros_like(num_visual)
-        recovered_by_text = torch.zeros_like(valid)
+    elif num_novel is None:
+        lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+        unmet = torch.where(_first(by_vision, num_visual, valid), lowest, text_scores)
+        outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
+        num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1) * has_question
     else:
-        if num_novel is None:
-            lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-            unmet = torch.where(kept_by_vision, lowest, text_scores)
-            outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
-            num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1)
+        num_text = (num_novel - num_visual).clamp(min=0) * has_question
+
+    def choose(num_visual: torch.Tensor, num_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks of what steps 1 and 2 keep and recover, and of what they leave over."""
+        kept = _first(by_vision, num_visual, valid)
+        others = valid & ~kept
+        if text_scores is None:
+            return kept, torch.zeros_like(kept), others
+        if distance is None:
+            by_text = _descending(text_scores)
         else:
-            num_text = (num_novel - num_visual).clamp(min=0)
-        num_text = num_text * has_question
-        recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
+            novelty = _novelty(text_scores.masked_fill(kept, torch.inf), distance, valid)
+            by_text = _descending(_above_lowest(text_scores, valid) * novelty)
+        recovered = _first(by_text, num_text, others)
+        return kept, recovered, others & ~recovered
 
     # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
-    left_over = valid & ~(kept_by_vision | recovered_by_text)
     if merge_centres:
-        num_centres = _num_outliers(visual_scores, left_over, merge_lof_neighbors, lof_threshold)
+        chosen = choose(num_visual, num_text)
+        num_centres = _num_outliers(visual_scores, chosen[2], merge_lof_neighbors, lof_threshold)
     else:
         num_centres = torch.zeros_like(num_visual)
-    merges_remaining = (num_centres < left_over.sum(1)) & merge_remaining
+    merges_remaining = (num_centres < num_valid - num_visual - num_text) & merge_remaining
     num_merged = num_centres + merges_remaining
 
     # Budget: with an exact or a largest number of tokens, the three kinds share it as their outliers ask.
-    asked = torch.stack([num_visual, num_text, num_merged], dim=1)
-    total = asked.sum(1)
-    if visual_token_budget is not None:
-        total = num_valid.clamp(max=visual_token_budget)
-    elif max_visual_tokens is not None:
-        total = total.clamp(max=max_visual_tokens)
-    if visual_token_budget is not None or max_visual_tokens is not None:
+    is_limited = visual_token_budget is not None or max_visual_tokens is not None
+    if is_limited:
+        asked = torch.stack([num_visual, num_text, num_merged], dim=1)
+        total = num_valid if visual_token_budget is not None else asked.sum(1)
+        total = total.clamp(max=max_visual_tokens if visual_token_budget is None else visual_token_budget)
         num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
-        kept_by_vision = _first(by_vision, num_visual, valid)
-        if text_scores is not None:
-            recovered_by_text = _first(by_relevance(kept_by_vision), num_text, valid & ~kept_by_vision)
-        left_over = valid & ~(kept_by_vision | recovered_by_text)
-        merges_remaining = (num_merged > 0) & (num_merged < left_over.sum(1)) & merge_remaining
-    centres = _first(_descending(visual_scores), num_merged - merges_remaining.long(), left_over)
+        merges_remaining = (num_merged > 0) & (num_merged < num_valid - num_visual - num_text) & merge_remaining
+
+    # Which patches these are.
+    if is_limited or not merge_centres:
+        chosen = choose(num_visual, num_text)
+    kept_by_vision, recovered_by_text, left_over = chosen
+    if is_limited or merge_centres:
+        centres = _first(_descending(visual_scores), num_merged - merges_remaining.long(), left_over)
+    else:
+        centres = torch.zeros_like(valid)
 
     return Selection(
         kept_by_vision=kept_by_vision,
@@ -309,8 +314,8 @@ def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor) 
     rank = torch.empty_like(valid, dtype=torch.long)
     order = _descending(scores.masked_fill(~valid, -torch.inf))
     rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
-    is_better = (rank[:, None, :] < rank[:, :, None]) & valid[:, None, :]
-    return distance.masked_fill(~is_better, 2.0).amin(2)
+    # No invalid patch ranks before a valid one.
+    return distance.masked_fill(rank[:, None, :] >= rank[:, :, None], 2.0).amin(2)
 
 
 def _above_lowest(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
