@@ -32,8 +32,8 @@ def _message(example: SceneExample) -> list[dict]:
 
 
 def interval(share: float, number: int) -> float:
-    """Half width of the 95 % confidence interval of a share."""
-    return 1.96 * math.sqrt(max(share * (1 - share), 1e-9) / number)
+    """Half width of the 95 % (Wilson) confidence interval of a share, wide enough also when every answer is right."""
+    return 1.96 / (1 + 1.96**2 / number) * math.sqrt(share * (1 - share) / number + (1.96 / (2 * number)) ** 2)
 
 
 def _right_answers(folder: str, split: str, kind: str, first: int, count: int, device: str, batch_size: int) -> int:
@@ -89,7 +89,11 @@ def answer_accuracy(
     result = {}
     for kind in kinds:
         share = sum(number for number, job in zip(right, jobs, strict=True) if job[0] == kind) / count
-        result[kind] = {"accuracy": round(share, 4), "plus_minus": round(interval(share, count), 4)}
+        result[kind] = {
+            "accuracy": round(share, 4),
+            "plus_minus": round(interval(share, count), 4),
+            "questions": count,
+        }
     return result
 
 
@@ -133,7 +137,7 @@ def evaluate(
     """All figures of the checkpoint, written to `output` as JSON; `devices` are separated by commas."""
     names = devices.split(",")
     settings = {"devices": names, "batch_size": batch_size, "workers": workers}
-    result: dict = {"questions_per_kind": count, "questions_per_kind_combination": max(count // 4, 1)}
+    result: dict = {}
     parts = {
         "test": lambda: answer_accuracy(llava, "test", count, **settings),
         "retrieval_top1": lambda: retrieval(clip, "test", max(count // RETRIEVAL_BATCH // 2, 1), names[0]),
