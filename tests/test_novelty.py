@@ -37,13 +37,14 @@ def slow_selection(visual, text, features, valid, threshold, share, budget=None)
     novel = int((novelty[valid] > threshold * slow_mean_distance(features, valid)).sum())
     num_text = 0 if text is None else int(share * novel)
     num_visual = max(novel - num_text, 1)
-    if budget is not None:  # with one remaining token asked for, as long as something is left over
-        asked = [num_visual, num_text, int(num_visual + num_text < int(valid.sum()))]
+    if budget is not None:  # one of them for the rest, as long as something is left over
+        budget -= int(num_visual + num_text < int(valid.sum()))
+        asked = [num_visual, num_text]
         exact = [count * budget / sum(asked) for count in asked]
         granted = [int(count) for count in exact]
-        for kind in sorted(range(3), key=lambda kind: -(exact[kind] - granted[kind]))[: budget - sum(granted)]:
+        for kind in sorted(range(2), key=lambda kind: -(exact[kind] - granted[kind]))[: budget - sum(granted)]:
             granted[kind] += 1
-        num_visual, num_text = granted[:2]
+        num_visual, num_text = granted
     kept = highest(visual * novelty, num_visual, valid)
     recovered = torch.zeros_like(kept)
     if text is not None:
@@ -125,6 +126,15 @@ def test_a_copy_of_a_better_patch_is_never_chosen_before_something_new():
     assert selection.kept_by_vision[0, :12].all() and not selection.kept_by_vision[0, 12:].any()
     plain = select_tokens(visual, merge_centres=False, visual_token_budget=13, merge_remaining=False)
     assert plain.kept_by_vision[0, :13].all()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 29, 30])
+def test_the_rest_is_one_token_whatever_the_budget(budget):
+    visual, text, features, _ = draw(2)
+    selection = select_tokens(visual, text, features=features, visual_token_budget=budget, merge_centres=False)
+    assert selection.num_tokens.tolist() == [budget, budget]
+    assert selection.num_merged.tolist() == [min(1, budget - 1)] * 2
+    assert selection.merges_remaining.tolist() == [1 < budget < 30] * 2
 
 
 def test_text_recovers_what_vision_did_not_keep():
