@@ -109,21 +109,20 @@ def distinct(
     budget: int | None,
     *,
     attention: str = "last layer",
-    relevance: str | None = "value",
-    features: str = "patches",
-    text_share: float = 0.5,
-    in_two_steps: bool = False,
+    relevance: str = "value",
+    features: str = "projected",
+    text_share: float = 0.75,
+    in_two_steps: bool = True,
     is_diverse: bool = True,
-    threshold: float = 0.3,
+    threshold: float = 0.2,
 ) -> Assembly:
     """Patches by importance times distance to the nearest more important patch (density peaks).
 
-    Importance is class attention and relevance together, as their weighted geometric mean, or one after the other.
+    Importance is class attention first, then relevance for the tokens that are left; or both in one score.
 
     Args:
-        relevance: None leaves the question out.
-        text_share: weight of the relevance in the geometric mean, or share of the tokens of the second step.
-        in_two_steps: first by class attention, then by relevance.
+        text_share: share of the tokens that the relevance chooses, or its weight in the one score; 0 leaves it out.
+        in_two_steps: False ranks by one score, the weighted geometric mean of class attention and relevance.
         is_diverse: False ranks by importance alone.
         threshold: without a budget, patches farther than this from any more important one are kept; in units of the
             image's mean distance between patches.
@@ -132,7 +131,7 @@ def distinct(
     distance = 1 - points @ points.transpose(1, 2)
     distance = distance / distance.mean((1, 2), keepdim=True)
     visual = min_max(ATTENTIONS[attention](evidence).float())
-    text = visual if relevance is None else min_max(evidence.relevance[relevance].float())
+    text = min_max(evidence.relevance[relevance].float())
     importance = visual if in_two_steps else visual ** (1 - text_share) * text**text_share
     apart = to_more_important(importance, distance)
     count = (apart > threshold).sum(1).clamp(min=1) if budget is None else torch.full_like(apart[:, 0], budget).long()
@@ -203,14 +202,15 @@ ABLATIONS: dict[str, Callable[..., Assembly]] = {
     "merging: plain means": partial(recovery, merge_weights="uniform"),
     "merging: in place": partial(recovery, merged_in_place=True),
     "distinct": distinct,
-    "distinct: without question": partial(distinct, relevance=None),
-    "distinct: projected relevance": partial(distinct, relevance="projected"),
     "distinct: not diverse": partial(distinct, is_diverse=False),
+    "distinct: without question": partial(distinct, text_share=0.0),
     "distinct: question 0.25": partial(distinct, text_share=0.25),
-    "distinct: question 0.75": partial(distinct, text_share=0.75),
+    "distinct: question 0.5": partial(distinct, text_share=0.5),
     "distinct: question alone": partial(distinct, text_share=1.0),
-    "distinct: two steps": partial(distinct, in_two_steps=True),
-    "distinct: projected features": partial(distinct, features="projected"),
+    "distinct: one score": partial(distinct, in_two_steps=False),
+    "distinct: projected relevance": partial(distinct, relevance="projected"),
+    "distinct: negated relevance": partial(distinct, relevance="negated"),
+    "distinct: patch features": partial(distinct, features="patches"),
     "distinct: keys": partial(distinct, features="keys"),
     "distinct: centred features": partial(distinct, features="centred patches"),
     "distinct: attention of layer before": partial(distinct, attention="layer before"),

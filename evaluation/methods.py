@@ -66,6 +66,8 @@ METHODS: dict[str, Method] = {
     "ours": Method(),
     "ours, wrong question": Method(question="wrong"),
     "ours, no question": Method(question="none"),
+    "ours, threshold 0.3": Method(settings={"novelty_threshold": 0.3}, is_fixed=False),
+    "ours, threshold 0.4": Method(settings={"novelty_threshold": 0.4}, is_fixed=False),
     "paper": Method(settings=PAPER_SETTINGS),
     "paper, wrong question": Method(settings=PAPER_SETTINGS, question="wrong"),
     "paper, as released": Method(peers.released_recoverable_compression),

@@ -60,7 +60,7 @@ def test_distance_to_more_important_equals_a_loop():
 def test_near_copies_are_passed_over():
     evidence = row_of(make_evidence(4), 0)
     patches = torch.randn(1, 6, 16).repeat_interleave(8, dim=1) + 1e-3 * torch.randn(1, PATCHES, 16)
-    evidence = type(evidence)(**(vars(evidence) | {"patches": patches}))
+    evidence = type(evidence)(**(vars(evidence) | {"projected": patches}))
     kept = distinct(evidence, 6).token_index[0]
     assert sorted((kept // 8).tolist()) == list(range(6))
     assert distinct(evidence, None).token_mask.sum() == 6
