@@ -399,3 +399,9 @@ def test_wrong_budget_is_refused(processor, budget):
         RecoverableLlavaProcessor(
             processor.image_processor, processor.tokenizer, processor.question_tokenizer, visual_token_budget=budget
         )
+
+
+def test_the_question_tokenizer_is_found_by_every_version(processor, tmp_path):
+    """transformers 5.12 looks for a config.json in the subfolder of a Hub repo, and gives up without one."""
+    processor.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "question_tokenizer" / "config.json").is_file()

@@ -8,7 +8,7 @@ stands between the user's last role tag and the assistant's next one, as the cha
 from os.path import commonprefix
 from typing import Any
 
-from transformers import BatchFeature, LlavaProcessor
+from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
 
@@ -124,6 +124,11 @@ class RecoverableLlavaProcessor(LlavaProcessor):
             processor_kwargs["questions"] = kwargs.pop("questions")
         processor_kwargs.setdefault("questions", [_last_user_text(messages) for messages in conversations])
         return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As stock. transformers 5.12 loads a tokenizer from a subfolder on the Hub only beside a config.json."""
+        PreTrainedConfig().save_pretrained(f"{save_directory}/question_tokenizer")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def find_question(self, prompt: str) -> str:
         """The question within a raw prompt: what the user says last, without image tokens."""

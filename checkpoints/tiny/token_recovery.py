@@ -173,10 +173,15 @@ def select_tokens(
     # Budget: with an exact or a largest number of tokens, the three kinds share it as their outliers ask.
     is_limited = visual_token_budget is not None or max_visual_tokens is not None
     if is_limited:
-        asked = torch.stack([num_visual, num_text, num_merged], dim=1)
-        total = num_valid if visual_token_budget is not None else asked.sum(1)
+        total = num_valid if visual_token_budget is not None else num_visual + num_text + num_merged
         total = total.clamp(max=max_visual_tokens if visual_token_budget is None else visual_token_budget)
-        num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
+        if not merge_centres:  # the rest is one token, however large the budget
+            num_merged = num_merged.minimum(total - 1)
+            asked = torch.stack([num_visual, num_text], dim=1)
+            num_visual, num_text = _apportion(asked, total - num_merged).unbind(1)
+        else:
+            asked = torch.stack([num_visual, num_text, num_merged], dim=1)
+            num_visual, num_text, num_merged = _apportion(asked, total).unbind(1)
         merges_remaining = (num_merged > 0) & (num_merged < num_valid - num_visual - num_text) & merge_remaining
 
     # Which patches these are.

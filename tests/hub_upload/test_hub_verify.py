@@ -131,7 +131,7 @@ def test_stock_base_is_the_base(built_once, base, tmp_path):
 def other_pythons() -> list[Path]:
     """Environments with another transformers: the one beside this (`make test` and `make test-lowest`), or named."""
     prefix = Path(sys.prefix)
-    siblings = {prefix.with_name(prefix.name + "-lowest"), prefix.with_name(prefix.name.removesuffix("-lowest"))}
+    siblings = {prefix.with_name(prefix.name + "-5.12.0"), prefix.with_name(prefix.name.removesuffix("-5.12.0"))}
     named = [Path(path) for path in os.environ.get("OTHER_PYTHON", "").split(os.pathsep) if path]
     return [path for path in (*(folder / "bin" / "python" for folder in siblings - {prefix}), *named) if path.exists()]
 
