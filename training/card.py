@@ -42,7 +42,7 @@ on held-out test scenes, and on scenes whose asked object stands on a color that
 |---|---|---|---|
 """
 _TAIL = """
-Retrieval of the right image for a held-out caption among 256: {retrieval:.1%} (bar 60 %).
+Retrieval of the right image for a held-out caption among 256: {retrieval:.1%} (bar 60 %, {captions} captions).
 
 ## Training
 
@@ -73,5 +73,10 @@ def write_card(figures: str, checkpoint: str) -> None:
         named = "–" if bar is None else f"≥ {bar:.0%}"
         rows.append(f"| {kind} | {_cell(measured['test'], kind)} | {named} | {_cell(measured['combination'], kind)} |")
     head = _HEAD.format(parameters=round(index["metadata"]["total_size"] / 2e6, 1))
-    text = head + "\n".join(rows) + "\n" + _TAIL.format(retrieval=measured["retrieval_top1"])
+    text = (
+        head
+        + "\n".join(rows)
+        + "\n"
+        + _TAIL.format(retrieval=measured["retrieval_top1"], captions=measured["retrieval_captions"])
+    )
     (Path(checkpoint) / "README.md").write_text(text)

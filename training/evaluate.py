@@ -137,10 +137,11 @@ def evaluate(
     """All figures of the checkpoint, written to `output` as JSON; `devices` are separated by commas."""
     names = devices.split(",")
     settings = {"devices": names, "batch_size": batch_size, "workers": workers}
-    result: dict = {}
+    batches = max(count // RETRIEVAL_BATCH // 2, 1)
+    result: dict = {"retrieval_captions": batches * RETRIEVAL_BATCH}
     parts = {
         "test": lambda: answer_accuracy(llava, "test", count, **settings),
-        "retrieval_top1": lambda: retrieval(clip, "test", max(count // RETRIEVAL_BATCH // 2, 1), names[0]),
+        "retrieval_top1": lambda: retrieval(clip, "test", batches, names[0]),
         "combination": lambda: answer_accuracy(llava, "combination", max(count // 4, 1), **settings),
         "seconds_per_answer_cpu": lambda: answer_seconds(llava),
     }
