@@ -200,6 +200,11 @@ class RecoverableLlavaModel(LlavaModel):
 
     # ------------------------------------------------------------------------------------------------ choosing tokens
 
+    @torch.no_grad()
+    def _as_the_language_model_sees(self, patches: torch.Tensor) -> torch.Tensor:
+        """[I, N, D] projected patches: what is a near copy of what is decided by what reads them."""
+        return self.multi_modal_projector(patches)
+
     def _select_tokens(
         self, vision: VisionFeatures, text_scores: torch.Tensor | None, has_question: torch.Tensor | None
     ) -> Selection:
@@ -209,7 +214,7 @@ class RecoverableLlavaModel(LlavaModel):
             vision.visual_scores,
             text_scores,
             has_question,
-            features=vision.patches if config.diversity else None,
+            features=self._as_the_language_model_sees(vision.patches) if config.diversity else None,
             novelty_threshold=config.novelty_threshold,
             text_share=config.text_share,
             visual_lof_neighbors=config.visual_lof_neighbors,
@@ -246,7 +251,7 @@ class RecoverableLlavaModel(LlavaModel):
         )
 
     def _project_tokens(self, vision: VisionFeatures, assembly: Assembly) -> torch.Tensor:
-        """[I, K, D] visual tokens in the language model's space; the projector runs on these alone."""
+        """[I, K, D] visual tokens in the language model's space; gradients flow through these alone."""
         return self.multi_modal_projector(vision.with_class_token(gather_tokens(vision.patches, assembly)))
 
     def _text_scores(
