@@ -92,7 +92,9 @@ def auto_classes(folder: str) -> dict[str, Any]:
         report["num_tokens"] = model.recover_tokens(**inputs).selection.num_tokens.tolist()
         model.config.compress = False
         report["uncompressed logits"] = model(**inputs).logits[0, -1].tolist()
-    report["modules"] = sorted(name for name in sys.modules if "recoverable_llava" in name)
+    # pip's finder of an editable install is loaded at start-up, whatever is imported.
+    loaded = [name for name in sys.modules if not name.startswith("__editable__")]
+    report["modules"] = sorted(name for name in loaded if "recoverable_llava" in name)
     return report
 
 
