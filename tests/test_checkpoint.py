@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import recoverable_llava
-from recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration
 from training.examples import scene_examples
 
 
@@ -37,6 +37,12 @@ def test_files_fit_a_git_host():
     assert weights and all(file.stat().st_size <= 15_000_000 for file in weights)
     assert sum(file.stat().st_size for file in weights) <= 40_000_000
     assert not [file for file in CHECKPOINT.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ttf")]
+
+
+def test_it_runs_with_the_defaults(loaded):
+    names = ("diversity", "novelty_threshold", "text_share", "text_relevance", "merge_centres", "merge_remaining")
+    config, defaults = loaded[0].config, RecoverableLlavaConfig()
+    assert {name: getattr(config, name) for name in names} == {name: getattr(defaults, name) for name in names}
 
 
 def test_auto_classes_find_it(loaded):
