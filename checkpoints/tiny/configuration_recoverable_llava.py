@@ -40,8 +40,8 @@ class RecoverableLlavaConfig(LlavaConfig):
             Layer of the vision tower whose class attention scores the patches and whose keys steer the merging.
         diversity (`bool`, defaults to `True`):
             Weigh every score by its patch's novelty, the cosine distance, after LLaVA's projector, to the most similar
-            patch with a higher score, and count the patches that are novel enough. False is the paper's selection: the highest scores stay, as
-            many as the scores have outliers.
+            patch with a higher score, and count the patches that are novel enough. False is the paper's selection: the
+            highest scores stay, as many as the scores have outliers.
         novelty_threshold (`float`, defaults to 0.2):
             With diversity, a patch counts when its novelty is above this share of the image's mean distance between
             patches. Higher keeps fewer tokens.
