@@ -7,6 +7,7 @@ Any repo that `hub_upload` made works in place of `checkpoints/tiny`; bring its 
 """
 
 import argparse
+import json
 import platform
 import time
 from pathlib import Path
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--budgets", nargs="+", default=["58", "adaptive"], help="numbers of tokens, and 'adaptive'")
     parser.add_argument("--reference", default="ours", help="the method that the others are compared with")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="FIELD=VALUE", help="our method's, e.g. text_share=0.5"
+    )
     parser.add_argument("--output", type=Path, default=Path("evaluation/results"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
@@ -47,6 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     images, examples = load_examples(options.data, options.split, options.images, options.seed)
     processor = RecoverableLlavaProcessor.from_pretrained(options.model)
     model = ComparedLlava.from_pretrained(options.model, dtype=options.dtype).to(options.device).eval()
+    for setting in options.settings:
+        name, _, value = setting.partition("=")
+        if not value or not hasattr(model.config, name):
+            raise ValueError(f"--settings has {setting!r}: pass FIELD=VALUE with a field of the model's configuration.")
+        setattr(model.config, name, json.loads(value))
 
     start = time.perf_counter()
     outcomes = run_all(

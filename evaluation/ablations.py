@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from evaluation.evidence import Evidence
 from evaluation.peers import assembly_of, highest, min_max
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import Assembly, Selection, assemble_tokens
+from recoverable_llava.token_recovery import Assembly, Selection, assemble_tokens, select_tokens
 
 
 ATTENTIONS: dict[str, Callable[[Evidence], torch.Tensor]] = {
@@ -145,6 +145,29 @@ def distinct(
     return assembly_of(kept | highest(key, num_text))
 
 
+def recovery_by_novelty(
+    evidence: Evidence,
+    budget: int | None,
+    *,
+    features: str = "projected",
+    text_share: float = 0.75,
+    novelty_threshold: float = 0.2,
+) -> Assembly:
+    """The package's own selection by novelty, with the features and settings that validation found best."""
+    visual, text = evidence.class_attention, evidence.relevance["value"]
+    selection = select_tokens(
+        visual,
+        text,
+        features=FEATURES[features](evidence),
+        text_share=text_share,
+        novelty_threshold=novelty_threshold,
+        merge_centres=False,
+        visual_token_budget=budget,
+    )
+    longest, most_merged = int(selection.num_tokens.max()), int(selection.num_merged.max())
+    return assemble_tokens(selection, visual, evidence.keys, text, num_tokens=longest, num_merged=most_merged)
+
+
 def to_more_important(importance: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
     """[B, N] distance of each patch to the nearest one of higher importance; the largest of all for the first."""
     rank = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -201,6 +224,8 @@ ABLATIONS: dict[str, Callable[..., Assembly]] = {
     "merging: without text": partial(recovery, text_merge_weight=0.0),
     "merging: plain means": partial(recovery, merge_weights="uniform"),
     "merging: in place": partial(recovery, merged_in_place=True),
+    "package: projected features": recovery_by_novelty,
+    "package: patch features": partial(recovery_by_novelty, features="patches"),
     "distinct": distinct,
     "distinct: not diverse": partial(distinct, is_diverse=False),
     "distinct: without question": partial(distinct, text_share=0.0),

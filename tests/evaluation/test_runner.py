@@ -9,7 +9,7 @@ import torch
 from evaluation.__main__ import main
 from evaluation.compared_model import ComparedLlava, configured, gather_evidence
 from evaluation.examples import Example, load_examples
-from evaluation.methods import METHODS, find_methods
+from evaluation.methods import METHODS, Method, find_methods
 from evaluation.report import ALL_TOKENS
 from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
 from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor
@@ -18,7 +18,8 @@ from recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovera
 QUESTIONS = ["what is this ?", "how many dog are there ?", "where is the cat ?", "describe the red picture please"]
 # The tiny tower has 36 patches.
 BUDGETS = [9, 4]
-SMALL = {"visual_lof_neighbors": 6, "text_lof_neighbors": 6, "merge_lof_neighbors": 4}
+# Random patches differ widely: only a high threshold leaves some out.
+STRICT = {"novelty_threshold": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_all_tokens_and_our_own_method_are_the_plain_model(setting, repo_folder)
     runs = [
         Run(ALL_TOKENS, METHODS[ALL_TOKENS], None),
         Run("ours", METHODS["ours"], 7),
-        Run("ours", METHODS["ours"], None),
+        Run("ours", Method(settings=STRICT), None),
     ]
     everything, fixed, adaptive = run_all(*setting, runs, batch_size=3, max_new_tokens=4)
     plain = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder).eval()
@@ -73,7 +74,7 @@ def test_all_tokens_and_our_own_method_are_the_plain_model(setting, repo_folder)
         for outcome, settings in [
             (everything, {"compress": False}),
             (fixed, {"visual_token_budget": 7}),
-            (adaptive, {}),
+            (adaptive, STRICT),
         ]:
             with configured(plain.config, **settings):
                 sequence = plain.generate(**inputs, do_sample=False, max_new_tokens=4)[0]
@@ -94,7 +95,11 @@ def test_the_question_that_guides_is_the_one_asked_for(setting):
     model, processor, images, examples = setting
     assert all(e.wrong_question for e in examples)
     runs = [
-        Run(name, METHODS[name], None) for name in (ALL_TOKENS, "ours", "ours, wrong question", "ours, no question")
+        Run(ALL_TOKENS, METHODS[ALL_TOKENS], None),
+        *(
+            Run(which, Method(settings={"diversity": False}, question=which), None)
+            for which in ("own", "wrong", "none")
+        ),
     ]
     _, own, wrong, none = run_all(*setting, runs, batch_size=4, max_new_tokens=2)
     assert not np.array_equal(own.num_tokens, none.num_tokens)
