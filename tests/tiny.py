@@ -23,7 +23,14 @@ IMAGE_SIZE, PATCH_SIZE = 84, 14
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 36
 LANGUAGE_MODELS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 # Local outlier factors need fewer neighbours than there are patches.
-RECOVERY = {"visual_lof_neighbors": 6, "text_lof_neighbors": 6, "merge_lof_neighbors": 4, "merge_neighbors": 4}
+RECOVERY = {
+    "visual_lof_neighbors": 6,
+    "text_lof_neighbors": 6,
+    "merge_lof_neighbors": 4,
+    "merge_neighbors": 4,
+    # Random features are all far from each other.
+    "novelty_threshold": 0.4,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
