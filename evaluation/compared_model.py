@@ -71,10 +71,12 @@ class ComparedModel(RecoverableLlavaModel):
 class ComparedLlava(RecoverableLlavaForConditionalGeneration):
     """`RecoverableLlavaForConditionalGeneration` around a `ComparedModel`."""
 
-    def __init__(self, config: RecoverableLlavaConfig) -> None:
-        super().__init__(config)
-        self.model = ComparedModel(config)
-        self.post_init()
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> RecoverableLlavaForConditionalGeneration:
+        """Loaded as the package's own class, since transformers 5.12 maps a checkpoint's keys by the class's name."""
+        model = RecoverableLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
+        model.model.__class__ = ComparedModel
+        return model
 
 
 @contextmanager
