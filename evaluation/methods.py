@@ -15,19 +15,18 @@ from evaluation import peers
 from evaluation.ablations import ABLATIONS
 from evaluation.evidence import Evidence
 from evaluation.report import ALL_TOKENS
+from recoverable_llava.configuration_recoverable_llava import PRESETS
 from recoverable_llava.token_recovery import Assembly
 
 
 # The paper's hyperparameters and its text relevance, on our implementation (docs/deviations.md).
 PAPER_SETTINGS: dict[str, Any] = {
+    **PRESETS["paper"],
     "attention_layer": -1,
-    "diversity": False,
-    "merge_centres": True,
     "visual_lof_neighbors": 20,
     "text_lof_neighbors": 20,
     "merge_lof_neighbors": 10,
     "lof_threshold": 1.5,
-    "text_relevance": "projected",
     "merge_neighbors": 32,
     "text_merge_weight": 50.0,
     "merge_remaining": True,

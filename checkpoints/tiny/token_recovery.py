@@ -89,8 +89,8 @@ def select_tokens(
         merge_remaining: one more token for the patches that no centre absorbs.
         min_visual_tokens: the visual filter keeps at least this many (or all valid patches, if fewer).
         max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
-        visual_token_budget: exact number of an image's tokens, split among the three kinds in proportion to what the
-            count of each asks for. Every image must have at least this many valid patches.
+        visual_token_budget: exact number of an image's tokens, split among the kinds in proportion to what each asks
+            for; without centres the rest stays one token. Every image must have at least this many valid patches.
 
     Raises:
         ValueError: if shapes disagree, or a budget or bound does not fit into N.
@@ -121,7 +121,8 @@ def select_tokens(
     num_valid = valid.sum(1)
     distance = None if features is None else _cosine_distance(features)  # [B, N, N]
 
-    # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention.
+    # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention; by novelty,
+    # vision's share of the patches that are novel enough.
     if distance is None:
         num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
         num_novel = None
@@ -136,7 +137,7 @@ def select_tokens(
     num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
 
     # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
-    # is the share of the other patches to recover.
+    # is the share of the other patches to recover; or, by novelty, the question's share of the novel patches.
     if text_scores is None:
         num_text = torch.zeros_like(num_visual)
     elif num_novel is None:
@@ -161,7 +162,8 @@ def select_tokens(
         recovered = _first(by_text, num_text, others)
         return kept, recovered, others & ~recovered
 
-    # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over.
+    # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over, if any
+    # are wanted, and one token for what they leave.
     if merge_centres:
         chosen = choose(num_visual, num_text)
         num_centres = _num_outliers(visual_scores, chosen[2], merge_lof_neighbors, lof_threshold)
@@ -170,7 +172,7 @@ def select_tokens(
     merges_remaining = (num_centres < num_valid - num_visual - num_text) & merge_remaining
     num_merged = num_centres + merges_remaining
 
-    # Budget: with an exact or a largest number of tokens, the three kinds share it as their outliers ask.
+    # Budget: with an exact or a largest number of tokens, the kinds share it in proportion to what was asked for.
     is_limited = visual_token_budget is not None or max_visual_tokens is not None
     if is_limited:
         total = num_valid if visual_token_budget is not None else num_visual + num_text + num_merged
