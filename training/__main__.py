@@ -24,7 +24,7 @@ def _arguments() -> argparse.Namespace:
             kind = {"minutes": float, "steps": int, "stop_at_step": int}.get(item.name) or type(item.default)
             trainer.add_argument(name, type=kind, default=item.default)
     exporter = commands.add_parser("export", help="write stock LLaVA and CLIP folders, and the Hub repo made of both")
-    exporter.add_argument("--run", default="runs/tiny", help="folder of the training run")
+    exporter.add_argument("--run", default="runs/tiny", help="folder of the training run, or of a checkpoint")
     exporter.add_argument("--output", default="runs/tiny/export", help="where the two stock folders go")
     exporter.add_argument("--checkpoint", help="where the combined Hub repo goes")
     exporter.add_argument("--smoke", action="store_true")

@@ -23,14 +23,29 @@ LARGEST_SHARD = "14MB"
 
 
 def load_weights(folder: Path, smoke: bool = False) -> TrainingModel:
-    """The model with the weights that `train.save_weights` wrote to `folder`."""
+    """The model with the weights of `folder`: those that `train.save_weights` wrote, or a Hub repo of both halves."""
     files = sorted(folder.glob("weights-*.safetensors"))
-    if not files:
-        raise ValueError(f"no weights-*.safetensors in {str(folder)!r}: train first, or name the run's folder")
     model = TrainingModel(SMOKE_SIZE if smoke else ModelSize())
+    if not files and (folder / "config.json").exists():
+        return _load_combined(model, folder)
+    if not files:
+        raise ValueError(
+            f"no weights-*.safetensors in {str(folder)!r}: train first, or name the folder of a run or a checkpoint"
+        )
     weights = {name: value.float() for file in files for name, value in load_file(file).items()}
     weights["llava.lm_head.weight"] = weights["llava.model.language_model.embed_tokens.weight"]
     model.load_state_dict(weights)
+    return model.eval()
+
+
+def _load_combined(model: TrainingModel, folder: Path) -> TrainingModel:
+    from recoverable_llava import RecoverableLlavaForConditionalGeneration
+
+    combined = RecoverableLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        getattr(model.llava.model, name).load_state_dict(getattr(combined, name).state_dict())
+    for name in ("question_tower", "visual_projection"):  # CLIP's temperature is not part of a Hub repo
+        getattr(model, name).load_state_dict(getattr(combined, name).state_dict())
     return model.eval()
 
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from training.data import BatchMaker
 from training.evaluate import answer_accuracy, retrieval
 from training.examples import scene_examples
-from training.export import clip_model, export_stock, load_weights
+from training.export import clip_model, export_combined, export_stock, load_weights
 from training.model import SMOKE_SIZE, TrainingModel, visual_positions
 from training.optimizer import orthogonal
 from training.render import renderer_constants
@@ -108,6 +109,16 @@ def test_export_loads_completely_and_answers(run, tmp_path):
     assert list(ids[3 + 36 :]) == maker.language(example.question + " ASSISTANT:")
     accuracy = answer_accuracy(str(llava), "test", 2, kinds=("existence",), batch_size=2)
     assert set(accuracy) == {"existence"} and 0 <= accuracy["existence"]["accuracy"] <= 1
+
+
+def test_a_checkpoint_comes_apart_into_the_stock_halves_it_was_made_of(run, tmp_path):
+    halves = export_stock(load_weights(run[1], smoke=True), tmp_path / "trained")
+    export_combined(*halves, tmp_path / "combined")
+    again = export_stock(load_weights(tmp_path / "combined", smoke=True), tmp_path / "again")
+    for trained, parted in zip(halves, again, strict=True):
+        expected, found = load_file(trained / "model.safetensors"), load_file(parted / "model.safetensors")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected if name != "logit_scale")
 
 
 def test_retrieval_counts_fitting_images(run, tmp_path, monkeypatch):
