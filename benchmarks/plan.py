@@ -79,6 +79,7 @@ class Scored:
     """What the selector starts from."""
 
     drawn: Drawn
+    projected: torch.Tensor  # [I, N, D] the patches as the language model would see them
     keys: torch.Tensor  # [I, N, C]
     has_question: torch.Tensor  # [I]
 
@@ -90,7 +91,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
         drawn.visual_scores,
         drawn.text_scores,
         scored.has_question,
-        features=None if is_paper else drawn.patches,
+        features=None if is_paper else scored.projected,
         merge_centres=is_paper,
         visual_lof_neighbors=neighbors,
         text_lof_neighbors=neighbors,
@@ -99,7 +100,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
     if budget is None:
         longest, merged = torch.stack([selection.num_tokens.max(), selection.num_merged.max()]).tolist()
     else:
-        longest = merged = budget
+        longest, merged = budget, budget if is_paper else 1
     assembly = assemble_tokens(
         selection,
         drawn.visual_scores,
@@ -108,6 +109,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
         scored.has_question,
         num_tokens=longest,
         num_merged=merged,
+        merge_centres=is_paper,
     )
     return gather_tokens(drawn.patches, assembly)
 
@@ -121,7 +123,8 @@ def draw_scored(bench: Bench, batch_size: int, num_patches: int) -> Scored:
         drawn.patches.to(bench.device, bench.dtype),
     ).first(batch_size)
     has_question = torch.ones(batch_size, dtype=torch.bool, device=bench.device)
-    return Scored(drawn, torch.randn_like(drawn.patches), has_question)
+    projection = torch.randn(bench.shape.tower_width, bench.shape.hidden_size, device=bench.device, dtype=bench.dtype)
+    return Scored(drawn, drawn.patches @ projection, torch.randn_like(drawn.patches), has_question)
 
 
 def selector(bench: Bench, batch_size: int) -> Iterator[Row]:

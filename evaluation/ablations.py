@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from evaluation.evidence import Evidence
 from evaluation.peers import assembly_of, highest, min_max
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import Assembly, Selection, assemble_tokens, select_tokens
+from recoverable_llava.token_recovery import LIKENESS_WIDTH, Assembly, Selection, assemble_tokens, select_tokens
 
 
 ATTENTIONS: dict[str, Callable[[Evidence], torch.Tensor]] = {
@@ -111,10 +111,12 @@ def distinct(
     attention: str = "last layer",
     relevance: str = "value",
     features: str = "projected",
-    text_share: float = 0.75,
+    text_share: float = 0.8,
     in_two_steps: bool = True,
     is_diverse: bool = True,
-    threshold: float = 0.2,
+    width: float | None = LIKENESS_WIDTH,
+    power: float = 0.5,
+    threshold: float = 0.15,
 ) -> Assembly:
     """Patches by importance times distance to the nearest more important patch (density peaks).
 
@@ -124,14 +126,21 @@ def distinct(
         text_share: share of the tokens that the relevance chooses, or its weight in the one score; 0 leaves it out.
         in_two_steps: False ranks by one score, the weighted geometric mean of class attention and relevance.
         is_diverse: False ranks by importance alone.
-        threshold: without a budget, patches farther than this from any more important one are kept; in units of the
-            image's mean distance between patches.
+        width: how fast a patch's likes stop counting into its importance with their distance, in units of the image's
+            mean distance between patches; None counts the patch alone.
+        power: of what the likes score in all, in the importance.
+        threshold: without a budget, patches farther than this from any more important one are kept; in the same units.
     """
     points = normalize(FEATURES[features](evidence).float(), dim=-1)
     distance = 1 - points @ points.transpose(1, 2)
     distance = distance / distance.mean((1, 2), keepdim=True)
-    visual = min_max(ATTENTIONS[attention](evidence).float())
-    text = min_max(evidence.relevance[relevance].float())
+    likeness = None if width is None else torch.exp(-distance / width)
+
+    def importance_of(scores: torch.Tensor) -> torch.Tensor:
+        scores = min_max(scores.float())
+        return scores if likeness is None else scores * (likeness @ scores[:, :, None])[:, :, 0] ** power
+
+    visual, text = importance_of(ATTENTIONS[attention](evidence)), importance_of(evidence.relevance[relevance])
     importance = visual if in_two_steps else visual ** (1 - text_share) * text**text_share
     apart = to_more_important(importance, distance)
     count = (apart > threshold).sum(1).clamp(min=1) if budget is None else torch.full_like(apart[:, 0], budget).long()
@@ -150,8 +159,8 @@ def recovery_by_novelty(
     budget: int | None,
     *,
     features: str = "projected",
-    text_share: float = 0.75,
-    novelty_threshold: float = 0.2,
+    text_share: float = 0.8,
+    novelty_threshold: float = 0.15,
 ) -> Assembly:
     """The package's own selection by novelty, with the features and settings that validation found best."""
     visual, text = evidence.class_attention, evidence.relevance["value"]
@@ -165,7 +174,9 @@ def recovery_by_novelty(
         visual_token_budget=budget,
     )
     longest, most_merged = int(selection.num_tokens.max()), int(selection.num_merged.max())
-    return assemble_tokens(selection, visual, evidence.keys, text, num_tokens=longest, num_merged=most_merged)
+    return assemble_tokens(
+        selection, visual, evidence.keys, text, num_tokens=longest, num_merged=most_merged, merge_centres=False
+    )
 
 
 def to_more_important(importance: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -228,8 +239,11 @@ ABLATIONS: dict[str, Callable[..., Assembly]] = {
     "package: patch features": partial(recovery_by_novelty, features="patches"),
     "distinct": distinct,
     "distinct: not diverse": partial(distinct, is_diverse=False),
+    "distinct: likes not counted": partial(distinct, width=None),
+    "distinct: likes within 0.01": partial(distinct, width=0.01),
+    "distinct: likes within 0.1": partial(distinct, width=0.1),
+    "distinct: likes to the power 1": partial(distinct, power=1.0),
     "distinct: without question": partial(distinct, text_share=0.0),
-    "distinct: question 0.25": partial(distinct, text_share=0.25),
     "distinct: question 0.5": partial(distinct, text_share=0.5),
     "distinct: question alone": partial(distinct, text_share=1.0),
     "distinct: one score": partial(distinct, in_two_steps=False),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recoverable_llava.token_recovery import select_tokens
+from recoverable_llava.token_recovery import LIKENESS_WIDTH, SMALLEST, select_tokens
 
 
 def slow_novelty(scores, features, valid):
@@ -18,6 +18,19 @@ def slow_novelty(scores, features, valid):
             if valid[j] and is_better:
                 novelty[i] = min(novelty[i], 1 - unit[i] @ unit[j])
     return novelty
+
+
+def slow_importance(scores, features, valid):
+    """Score above the lowest, times the root of the sum of such scores over patches, each by its likeness."""
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    width = LIKENESS_WIDTH * slow_mean_distance(features, valid)
+    above = scores.double() - scores[valid].min() + SMALLEST
+    importance = torch.zeros(len(scores), dtype=torch.double)
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if valid[i] and valid[j]:
+                importance[i] += above[j] * torch.exp(-(1 - unit[i] @ unit[j]) / width)
+    return above * importance.sqrt()
 
 
 def slow_mean_distance(features, valid):
@@ -33,23 +46,19 @@ def highest(priority, count, among):
 
 
 def slow_selection(visual, text, features, valid, threshold, share, budget=None):
+    visual = slow_importance(visual, features, valid)
     novelty = slow_novelty(visual, features, valid)
     novel = int((novelty[valid] > threshold * slow_mean_distance(features, valid)).sum())
-    num_text = 0 if text is None else int(share * novel)
-    num_visual = max(novel - num_text, 1)
     if budget is not None:  # one of them for the rest, as long as something is left over
-        budget -= int(num_visual + num_text < int(valid.sum()))
-        asked = [num_visual, num_text]
-        exact = [count * budget / sum(asked) for count in asked]
-        granted = [int(count) for count in exact]
-        for kind in sorted(range(2), key=lambda kind: -(exact[kind] - granted[kind]))[: budget - sum(granted)]:
-            granted[kind] += 1
-        num_visual, num_text = granted
+        novel = budget - int(1 < budget < int(valid.sum()))
+    num_text = 0 if text is None else int(share * novel)
+    num_visual = max(novel, 1) - num_text
     kept = highest(visual * novelty, num_visual, valid)
     recovered = torch.zeros_like(kept)
     if text is not None:
+        text = slow_importance(text, features, valid)
         novelty = slow_novelty(text.masked_fill(kept, float("inf")), features, valid)
-        recovered = highest((text - text[valid].min()) * novelty, num_text, valid & ~kept)
+        recovered = highest(text * novelty, num_text, valid & ~kept)
     return kept, recovered
 
 
@@ -111,7 +120,7 @@ def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge
     assert torch.equal(masks[0].sum(1), selection.num_visual) and torch.equal(masks[1].sum(1), selection.num_text)
     assert torch.equal(masks[2].sum(1) + selection.merges_remaining, selection.num_merged)
     if budget is None:
-        assert (selection.num_visual >= 2).all()
+        assert (selection.num_visual + selection.num_text >= 2).all()
     else:
         assert (selection.num_tokens == budget).all()
     alone = select_tokens(visual[:1], text[:1], features=features[:1], **run)
@@ -133,7 +142,7 @@ def test_the_rest_is_one_token_whatever_the_budget(budget):
     visual, text, features, _ = draw(2)
     selection = select_tokens(visual, text, features=features, visual_token_budget=budget, merge_centres=False)
     assert selection.num_tokens.tolist() == [budget, budget]
-    assert selection.num_merged.tolist() == [min(1, budget - 1)] * 2
+    assert selection.num_merged.tolist() == [int(1 < budget < 30)] * 2
     assert selection.merges_remaining.tolist() == [1 < budget < 30] * 2
 
 

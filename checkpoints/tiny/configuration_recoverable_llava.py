@@ -39,13 +39,13 @@ class RecoverableLlavaConfig(LlavaConfig):
         attention_layer (`int`, defaults to -1):
             Layer of the vision tower whose class attention scores the patches and whose keys steer the merging.
         diversity (`bool`, defaults to `True`):
-            Weigh every score by its patch's novelty, the cosine distance, after LLaVA's projector, to the most similar
-            patch with a higher score, and count the patches that are novel enough. False is the paper's selection: the
-            highest scores stay, as many as the scores have outliers.
-        novelty_threshold (`float`, defaults to 0.2):
+            Choose patches by importance (their score and that of their near copies) times novelty (the cosine distance,
+            behind LLaVA's projector, to the nearest patch of higher importance), as many as are novel enough. False is
+            the paper's selection: the highest scores stay, as many as the scores have outliers.
+        novelty_threshold (`float`, defaults to 0.15):
             With diversity, a patch counts when its novelty is above this share of the image's mean distance between
             patches. Higher keeps fewer tokens.
-        text_share (`float`, defaults to 0.75):
+        text_share (`float`, defaults to 0.8):
             With diversity, the share of the counted tokens that the question chooses; class attention has the rest.
         visual_lof_neighbors (`int`, defaults to 20):
             Neighbours of the Local Outlier Factor (LOF) in step 1, the visual filter.
@@ -85,8 +85,8 @@ class RecoverableLlavaConfig(LlavaConfig):
     compress: bool = True
     attention_layer: int = -1
     diversity: bool = True
-    novelty_threshold: float = 0.2
-    text_share: float = 0.75
+    novelty_threshold: float = 0.15
+    text_share: float = 0.8
     visual_lof_neighbors: int = 20
     text_lof_neighbors: int = 20
     merge_lof_neighbors: int = 10

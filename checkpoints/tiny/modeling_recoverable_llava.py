@@ -150,7 +150,7 @@ class RecoverableLlavaModel(LlavaModel):
             class_tokens=features[:, :1] if strategy == "full" else None,
             visual_scores=visual_scores,
             keys=keys,
-            relevance_embeds=relevance_embeds,
+            relevance_embeds=relevance_embeds.to(features.device),  # a device_map may put the projection elsewhere
         )
 
     def _vision_of(
@@ -203,7 +203,7 @@ class RecoverableLlavaModel(LlavaModel):
     @torch.no_grad()
     def _as_the_language_model_sees(self, patches: torch.Tensor) -> torch.Tensor:
         """[I, N, D] projected patches: what is a near copy of what is decided by what reads them."""
-        return self.multi_modal_projector(patches)
+        return self.multi_modal_projector(patches).to(patches.device)
 
     def _select_tokens(
         self, vision: VisionFeatures, text_scores: torch.Tensor | None, has_question: torch.Tensor | None
@@ -246,6 +246,7 @@ class RecoverableLlavaModel(LlavaModel):
             has_question,
             num_tokens=num_tokens,
             num_merged=num_merged,
+            merge_centres=self.config.merge_centres,
             merge_neighbors=self.config.merge_neighbors,
             text_merge_weight=self.config.text_merge_weight,
         )
@@ -343,10 +344,11 @@ class RecoverableLlavaModel(LlavaModel):
     ) -> torch.Tensor:
         """[I, visual_token_budget, D] visual tokens of a fixed budget: static shapes, nothing leaves the device."""
         num_tokens = (self.config.visual_token_budget or 0) - vision.num_class_tokens
+        most_merged = num_tokens if self.config.merge_centres else int(self.config.merge_remaining)
         with torch.no_grad():
             text_scores, has_question = self._text_scores(vision, question, row_of_image)
             selection = self._select_tokens(vision, text_scores, has_question)
-            assembly = self._assemble_tokens(selection, vision, text_scores, has_question, num_tokens, num_tokens)
+            assembly = self._assemble_tokens(selection, vision, text_scores, has_question, num_tokens, most_merged)
         return self._project_tokens(vision, assembly)
 
     def is_short_prompt(
@@ -445,6 +447,17 @@ class RecoverableLlavaModel(LlavaModel):
             short = shorten_prompt(input_ids, keep, short_length, image_token_id, attention_mask, position_ids)
         tokens = self._project_tokens(vision, assembly)
         return short, place_tokens(tokens.to(input_ids.device), placeholders, short)
+
+    def _embed(
+        self, input_ids: torch.Tensor, visual_embeds: torch.Tensor | None, text_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, S, D] embeddings of ids [B, S], with visual ones where placeholders stand."""
+        if text_embeds is None:
+            text_embeds = self.get_input_embeddings()(input_ids)
+        if visual_embeds is None:
+            return text_embeds
+        is_visual = (input_ids == self.config.image_token_id)[:, :, None].to(text_embeds.device)
+        return torch.where(is_visual, visual_embeds.to(text_embeds), text_embeds)
 
     # ------------------------------------------------------------------------------------------------ stock's interface
 
@@ -557,13 +570,11 @@ class RecoverableLlavaModel(LlavaModel):
                     question_embeds=question_embeds,
                 )
         if visual_embeds is not None:
-            text_embeds = self.get_input_embeddings()(input_ids)
-            is_visual = (input_ids == self.config.image_token_id)[:, :, None]
             return super().forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                inputs_embeds=torch.where(is_visual, visual_embeds.to(text_embeds), text_embeds),
+                inputs_embeds=self._embed(input_ids, visual_embeds),
                 **kwargs,
             )
         if history is None and (
@@ -607,11 +618,8 @@ class RecoverableLlavaModel(LlavaModel):
             short, visual_embeds = self.compress_prompt(ids, vision, question, new_mask, position_ids)
         else:
             short, visual_embeds = unshortened_prompt(ids, new_mask, position_ids), None
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(short.input_ids)
-        if visual_embeds is not None:
-            is_visual = (short.input_ids == self.config.image_token_id)[:, :, None]
-            inputs_embeds = torch.where(is_visual, visual_embeds.to(inputs_embeds), inputs_embeds)
+        if inputs_embeds is None or visual_embeds is not None:
+            inputs_embeds = self._embed(short.input_ids, visual_embeds, inputs_embeds)
 
         short_mask, short_positions = short.attention_mask, short.position_ids
         if history is not None:

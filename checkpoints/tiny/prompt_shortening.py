@@ -137,7 +137,8 @@ def place_tokens(tokens: torch.Tensor, placeholders: Placeholders, short: ShortP
 
 def spread_over_original(hidden_states: torch.Tensor, short: ShortPrompt) -> torch.Tensor:
     """[B, L, D] from [B, S, D]: a dropped position repeats the output of the last kept one before it."""
-    return hidden_states.gather(1, short.spread[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
+    index = short.spread.to(hidden_states.device)[:, :, None].expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, index)
 
 
 @dataclass

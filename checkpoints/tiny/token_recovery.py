@@ -24,6 +24,12 @@ import torch
 from .local_outlier_factor import local_outlier_factor
 
 
+# How fast likeness falls with distance, as a share of the image's mean distance between patches. Chosen on validation
+# data, where 0.015 to 0.06 answer alike (docs/ablations.md).
+LIKENESS_WIDTH = 0.03
+SMALLEST = 1e-6  # an added score, where all are equal; a mean distance, where there is none
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which patches stay, which come back, and which become centres of merged tokens.
@@ -57,8 +63,8 @@ def select_tokens(
     valid: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
     *,
-    novelty_threshold: float = 0.2,
-    text_share: float = 0.75,
+    novelty_threshold: float = 0.15,
+    text_share: float = 0.8,
     visual_lof_neighbors: int = 20,
     text_lof_neighbors: int = 20,
     merge_lof_neighbors: int = 10,
@@ -71,9 +77,10 @@ def select_tokens(
 ) -> Selection:
     """Steps 1 to 3: how many tokens each step is due, and which patches they are.
 
-    Without `features` this is the paper: outliers of the scores count, and the highest scores stay. With them, every
-    score is weighed by its patch's novelty, the distance to the most similar patch with a higher score, so that no
-    token is spent on a near copy of another; and the patches that are novel enough count.
+    Without `features` this is the paper: outliers of the scores count, and the highest scores stay. With them, a
+    patch's importance is its score and that of its near copies, for which its token will stand; and importance is
+    weighed by novelty, the distance to the nearest more important patch, so that no second token is spent on a near
+    copy. The patches that are novel enough count.
 
     Args:
         visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
@@ -110,56 +117,66 @@ def select_tokens(
             f"visual_token_budget ({visual_token_budget}) is larger than the number of patches of an image "
             f"({num_patches}): lower it, or switch compression off."
         )
-    among_valid = valid
     if valid is None:
-        valid = torch.ones_like(visual_scores, dtype=torch.bool)
-    if has_question is None:
-        has_question = valid.new_ones(len(visual_scores))
-    visual_scores = _lowest_where_not_finite(visual_scores, valid)
-    if text_scores is not None:
-        text_scores = _lowest_where_not_finite(text_scores, valid)
-    num_valid = valid.sum(1)
-    distance = None if features is None else _cosine_distance(features)  # [B, N, N]
+        num_valid = torch.full_like(visual_scores[:, 0], num_patches, dtype=torch.long)
+    else:
+        num_valid = valid.sum(1)
+    # Both kinds of scores at once, [B, 1 or 2, N].
+    scores = visual_scores[:, None] if text_scores is None else torch.stack([visual_scores, text_scores], dim=1)
+    scores = _lowest_where_not_finite(scores, valid)
+    if features is not None:
+        distance = _cosine_distance(features)  # [B, N, N]
+        mean_distance = _mean_distance(distance, valid)  # [B]
+        scores = _importance(scores, distance / mean_distance[:, None, None], valid)
+    visual_scores, text_scores = scores[:, 0], None if text_scores is None else scores[:, 1]
+    # By novelty, a budget alone says how many patches stay; only centres would have to be counted first.
+    is_shared_at_once = features is not None and visual_token_budget is not None and not merge_centres
 
     # Step 1, visual filter: as many patches as there are outliers (in both tails) of the class attention; by novelty,
     # vision's share of the patches that are novel enough.
-    if distance is None:
-        num_visual = _num_outliers(visual_scores, among_valid, visual_lof_neighbors, lof_threshold)
-        num_novel = None
-        by_vision = _descending(visual_scores)
+    if features is None:
+        num_kept = None
+        num_visual = _num_outliers(visual_scores, valid, visual_lof_neighbors, lof_threshold)
+        num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
+        by_vision = _descending(_last_where_not(valid, visual_scores))
     else:
         novelty = _novelty(visual_scores, distance, valid)
-        is_novel = novelty > novelty_threshold * _mean_distance(distance, valid)[:, None]
-        num_novel = (is_novel & valid).sum(1)
-        for_text = 0 if text_scores is None else (text_share * num_novel).long() * has_question
-        num_visual = num_novel - for_text
-        by_vision = _descending(visual_scores * novelty)
-    num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
+        if visual_token_budget is not None and is_shared_at_once:
+            merge_remaining = merge_remaining and 1 < visual_token_budget < num_patches
+            num_kept = torch.full_like(num_valid, visual_token_budget - merge_remaining)
+        else:
+            is_novel = _last_where_not(valid, novelty) > novelty_threshold * mean_distance[:, None]
+            num_kept = is_novel.sum(1).clamp(min=min_visual_tokens).minimum(num_valid)
+        num_visual = num_kept
+        if text_scores is not None:
+            for_text = (text_share * num_kept).long()
+            num_visual = num_kept - (for_text if has_question is None else for_text * has_question)
+        by_vision = _descending(_last_where_not(valid, visual_scores * novelty))
 
     # Step 2, text-guided recovery: kept patches drop to the lowest relevance, and the share of outliers of what results
     # is the share of the other patches to recover; or, by novelty, the question's share of the novel patches.
     if text_scores is None:
         num_text = torch.zeros_like(num_visual)
-    elif num_novel is None:
-        lowest = text_scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-        unmet = torch.where(_first(by_vision, num_visual, valid), lowest, text_scores)
-        outliers = _num_outliers(unmet, among_valid, text_lof_neighbors, lof_threshold)
-        num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1) * has_question
+    elif num_kept is None:
+        lowest = _lowest(text_scores[:, None], valid)[:, 0]
+        unmet = torch.where(_first(by_vision, num_visual), lowest, text_scores)
+        outliers = _num_outliers(unmet, valid, text_lof_neighbors, lof_threshold)
+        num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1)
+        num_text = num_text if has_question is None else num_text * has_question
     else:
-        num_text = (num_novel - num_visual).clamp(min=0) * has_question
+        num_text = num_kept - num_visual
 
     def choose(num_visual: torch.Tensor, num_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Masks of what steps 1 and 2 keep and recover, and of what they leave over."""
-        kept = _first(by_vision, num_visual, valid)
-        others = valid & ~kept
+        kept = _first(by_vision, num_visual)
+        others = ~kept if valid is None else valid & ~kept
         if text_scores is None:
             return kept, torch.zeros_like(kept), others
-        if distance is None:
-            by_text = _descending(text_scores)
-        else:
+        priority = text_scores
+        if features is not None:
             novelty = _novelty(text_scores.masked_fill(kept, torch.inf), distance, valid)
-            by_text = _descending(_above_lowest(text_scores, valid) * novelty)
-        recovered = _first(by_text, num_text, others)
+            priority = text_scores * novelty
+        recovered = _first(_descending(_last_where_not(others, priority)), num_text)
         return kept, recovered, others & ~recovered
 
     # Step 3, merging: as many centres as there are outliers among the class attention of the patches left over, if any
@@ -167,14 +184,15 @@ def select_tokens(
     if merge_centres:
         chosen = choose(num_visual, num_text)
         num_centres = _num_outliers(visual_scores, chosen[2], merge_lof_neighbors, lof_threshold)
+        merges_remaining = (num_centres < num_valid - num_visual - num_text) & merge_remaining
+        num_merged = num_centres + merges_remaining
     else:
-        num_centres = torch.zeros_like(num_visual)
-    merges_remaining = (num_centres < num_valid - num_visual - num_text) & merge_remaining
-    num_merged = num_centres + merges_remaining
+        merges_remaining = (num_visual + num_text < num_valid) & merge_remaining
+        num_merged = merges_remaining.long()
 
     # Budget: with an exact or a largest number of tokens, the kinds share it in proportion to what was asked for.
-    is_limited = visual_token_budget is not None or max_visual_tokens is not None
-    if is_limited:
+    is_shared = (visual_token_budget is not None or max_visual_tokens is not None) and not is_shared_at_once
+    if is_shared:
         total = num_valid if visual_token_budget is not None else num_visual + num_text + num_merged
         total = total.clamp(max=max_visual_tokens if visual_token_budget is None else visual_token_budget)
         if not merge_centres:  # the rest is one token, however large the budget
@@ -187,13 +205,14 @@ def select_tokens(
         merges_remaining = (num_merged > 0) & (num_merged < num_valid - num_visual - num_text) & merge_remaining
 
     # Which patches these are.
-    if is_limited or not merge_centres:
+    if is_shared or not merge_centres:
         chosen = choose(num_visual, num_text)
     kept_by_vision, recovered_by_text, left_over = chosen
-    if is_limited or merge_centres:
-        centres = _first(_descending(visual_scores), num_merged - merges_remaining.long(), left_over)
+    if merge_centres:
+        by_attention = _descending(_last_where_not(left_over, visual_scores))
+        centres = _first(by_attention, num_merged - merges_remaining.long())
     else:
-        centres = torch.zeros_like(valid)
+        centres = torch.zeros_like(left_over)
 
     return Selection(
         kept_by_vision=kept_by_vision,
@@ -217,6 +236,7 @@ def assemble_tokens(
     *,
     num_tokens: int,
     num_merged: int,
+    merge_centres: bool = True,
     merge_neighbors: int = 32,
     text_merge_weight: float = 50.0,
 ) -> Assembly:
@@ -233,44 +253,50 @@ def assemble_tokens(
         visual_scores, text_scores, has_question, valid: as given to `select_tokens`.
         keys: [B, N, C] attention keys of the patches.
         num_tokens, num_merged: K and M, at least the largest `selection.num_tokens` and `selection.num_merged`.
+        merge_centres: False if the selection was made without centres: then there are no neighbours to look for.
         merge_neighbors: how many patches a centre absorbs.
         text_merge_weight: weight of the difference in relevance.
     """
-    batch_size, num_patches = visual_scores.shape
+    num_patches = visual_scores.shape[1]
     kept = selection.kept_by_vision | selection.recovered_by_text
     absorbable = ~(kept | selection.merge_centres)
     if valid is not None:
         absorbable = absorbable & valid
 
-    # Step 3: one row of weights per centre, centres in raster order.
-    centre = _first_true(selection.merge_centres, num_merged)  # [B, M]
+    # Step 3: one row of weights per centre, centres in raster order, and then one for what they leave.
     slot = torch.arange(num_merged, device=keys.device)
-    num_centres = selection.merge_centres.sum(1, keepdim=True)
-    is_centre = slot < num_centres
-    keys = torch.nn.functional.normalize(keys.float(), dim=-1)
-    affinity = keys.gather(1, centre[:, :, None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)  # [B, M, N]
-    if text_scores is not None:
-        text_scores = _lowest_where_not_finite(text_scores, torch.ones_like(kept) if valid is None else valid)
-        if has_question is not None:
-            text_scores = text_scores * has_question[:, None]
-        difference = (text_scores.gather(1, centre)[:, :, None] - text_scores[:, None, :]).abs()
-        affinity = affinity - text_merge_weight * difference
-    nearest = affinity.masked_fill(~absorbable[:, None, :], -torch.inf).topk(min(merge_neighbors, num_patches)).indices
-    absorbed = torch.zeros_like(affinity, dtype=torch.bool).scatter_(2, nearest, True)
-    absorbed = absorbed & absorbable[:, None, :] & is_centre[:, :, None]
-    absorbed = absorbed.scatter_(2, centre[:, :, None], is_centre[:, :, None])  # and itself
-
-    unabsorbed = absorbable & ~absorbed.any(1)
-    unabsorbed = torch.where(unabsorbed.any(1, keepdim=True), unabsorbed, absorbable)
-    is_remaining = (slot == num_centres) & selection.merges_remaining[:, None]
-    members = absorbed | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
+    num_centres = selection.merge_centres.sum(1, keepdim=True) if merge_centres else 0
+    is_remaining = (slot == num_centres) & selection.merges_remaining[:, None]  # [B, M]
+    if merge_centres:
+        is_centre = slot < num_centres
+        centre = _first_true(selection.merge_centres, num_merged)  # [B, M]
+        keys = torch.nn.functional.normalize(keys.float(), dim=-1)
+        affinity = keys.gather(1, centre[:, :, None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)  # [B, M, N]
+        if text_scores is not None:
+            text_scores = _lowest_where_not_finite(text_scores[:, None], valid)[:, 0]
+            if has_question is not None:
+                text_scores = text_scores * has_question[:, None]
+            difference = (text_scores.gather(1, centre)[:, :, None] - text_scores[:, None, :]).abs()
+            affinity = affinity - text_merge_weight * difference
+        affinity = affinity.masked_fill(~absorbable[:, None, :], -torch.inf)
+        nearest = affinity.topk(min(merge_neighbors, num_patches)).indices
+        absorbed = torch.zeros_like(affinity, dtype=torch.bool).scatter_(2, nearest, True)
+        absorbed = absorbed & absorbable[:, None, :] & is_centre[:, :, None]
+        absorbed = absorbed.scatter_(2, centre[:, :, None], is_centre[:, :, None])  # and itself
+        unabsorbed = absorbable & ~absorbed.any(1)
+        unabsorbed = torch.where(unabsorbed.any(1, keepdim=True), unabsorbed, absorbable)
+        members = absorbed | (is_remaining[:, :, None] & unabsorbed[:, None, :])  # [B, M, N]
+        is_merged = is_centre | is_remaining
+    else:
+        members = is_remaining[:, :, None] & absorbable[:, None, :]
+        is_merged = is_remaining
     smallest = torch.finfo(torch.float32).tiny
     attention = visual_scores.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=smallest)
     weights = members * attention[:, None]
     merge_weights = weights / weights.sum(2, keepdim=True).clamp(min=smallest)
 
     # Step 4: kept patches in raster order, then the merged tokens.
-    exists = torch.cat([kept, is_centre | is_remaining], dim=1)
+    exists = torch.cat([kept, is_merged], dim=1)
     return Assembly(
         merge_weights=merge_weights,
         token_index=_first_true(exists, num_tokens),
@@ -286,11 +312,21 @@ def gather_tokens(patches: torch.Tensor, assembly: Assembly) -> torch.Tensor:
     return tokens.masked_fill(~assembly.token_mask[:, :, None], 0)
 
 
-def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Scores [B, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
+def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Scores [B, kinds, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
     scores = scores.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-    lowest = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
-    return torch.where(scores < torch.inf, scores, lowest)
+    return torch.where(scores < torch.inf, scores, _lowest(scores, valid).nan_to_num(posinf=0.0))
+
+
+def _lowest(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """[B, kinds, 1] lowest valid score of each row of [B, kinds, N]; infinity if there is none."""
+    scores = scores if valid is None else scores.masked_fill(~valid[:, None], torch.inf)
+    return scores.amin(2, keepdim=True)
+
+
+def _last_where_not(mask: torch.Tensor | None, priority: torch.Tensor) -> torch.Tensor:
+    """The priority [B, N], below everything where the mask is False."""
+    return priority if mask is None else priority.masked_fill(~mask, -torch.inf)
 
 
 def _num_outliers(
@@ -306,28 +342,35 @@ def _cosine_distance(features: torch.Tensor) -> torch.Tensor:
     return 1 - directions @ directions.transpose(1, 2)
 
 
-def _mean_distance(distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """[B] mean of the distances [B, N, N] between valid patches."""
+def _mean_distance(distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """[B] mean of the distances [B, N, N] between valid patches; never 0, so that it can be divided by."""
+    if valid is None:
+        return distance.mean((1, 2)).clamp(min=SMALLEST)
     weight = valid.to(distance.dtype)
     total = (distance @ weight[:, :, None]).squeeze(2).mul(weight).sum(1)
-    return total / weight.sum(1).square().clamp(min=1)
+    return (total / weight.sum(1).square().clamp(min=1)).clamp(min=SMALLEST)
 
 
-def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def _importance(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """[B, kinds, N] each score times the root of what its patch's likes score in all: one token will stand for them.
+
+    Scores count above the lowest valid one. A patch is wholly like its copies, and less with `distance` [B, N, N].
+    """
+    scores = scores - _lowest(scores, valid) + SMALLEST
+    scores = scores if valid is None else scores.masked_fill(~valid[:, None], 0)
+    return scores * (scores @ torch.exp(distance * (-1 / LIKENESS_WIDTH))).sqrt()
+
+
+def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """[B, N] distance of each patch to the nearest valid one with a higher score; 2, the largest, for the best.
 
-    With the score itself, this finds density peaks (Rodriguez & Laio, Science 2014) without choosing them one by one.
+    With the importance, this finds density peaks (Rodriguez & Laio, Science 2014) without choosing them one by one.
     """
-    rank = torch.empty_like(valid, dtype=torch.long)
-    order = _descending(scores.masked_fill(~valid, -torch.inf))
-    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+    order = _descending(_last_where_not(valid, scores))
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
     # No invalid patch ranks before a valid one.
     return distance.masked_fill(rank[:, None, :] >= rank[:, :, None], 2.0).amin(2)
-
-
-def _above_lowest(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Scores [B, N] shifted so that the lowest valid one of each row is 0."""
-    return (scores - scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)).clamp(min=0)
 
 
 def _descending(scores: torch.Tensor) -> torch.Tensor:
@@ -335,11 +378,10 @@ def _descending(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
-def _first(order: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of the first `count` [B] patches within the mask `among`, in the order `order` [B, N] of indices."""
-    candidates = among.gather(1, order)
-    is_first = candidates & (candidates.cumsum(1) <= count[:, None])
-    return torch.empty_like(among).scatter_(1, order, is_first)
+def _first(order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[B, N] mask of the first `count` [B] patches in the order `order` [B, N] of indices."""
+    is_first = torch.arange(order.shape[1], device=order.device) < count[:, None]
+    return torch.empty_like(is_first).scatter_(1, order, is_first)
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
