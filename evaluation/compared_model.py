@@ -73,7 +73,7 @@ class ComparedLlava(RecoverableLlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> RecoverableLlavaForConditionalGeneration:
-        """Loaded as the package's own class, since transformers 5.12 maps a checkpoint's keys by the class's name."""
+        """Loaded as the package's own class, whose inner model then turns into a `ComparedModel`."""
         model = RecoverableLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
         model.model.__class__ = ComparedModel
         return model

@@ -102,6 +102,13 @@ class Recovery:
 class RecoverableLlavaModel(LlavaModel):
     config: RecoverableLlavaConfig
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # transformers looks the layouts of checkpoints up by the class's name.
+        super().__init_subclass__(**kwargs)
+        register_checkpoint_conversion_mapping(
+            cls.__name__, get_checkpoint_conversion_mapping("LlavaModel"), overwrite=True
+        )
+
     def __init__(self, config: RecoverableLlavaConfig):
         super().__init__(config)
         self.question_tower = CLIPTextModelWithProjection._from_config(config.question_config)
@@ -842,6 +849,8 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 **kwargs,
             )
 
+        if is_new and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_of_padding(input_ids, generation_config, kwargs)
         prompt = self._compress_for_generation(input_ids, cache, history, kwargs)
         generation_config, kwargs = self._count_original_length(prompt, generation_config, kwargs)
         if streamer is not None:
@@ -879,6 +888,16 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return prompt.restore(short_sequences)
         result.sequences = prompt.restore(short_sequences)
         return result
+
+    def _mask_of_padding(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """What stock `generate` takes for the mask where none is given: every padding token counts as padding."""
+        config = generation_config or self.generation_config
+        padding, end = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        if padding is None or padding in (end if isinstance(end, list) else [end]):
+            return None
+        return (input_ids != padding).long()
 
     def _compress_for_generation(
         self,

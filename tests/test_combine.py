@@ -134,6 +134,21 @@ def test_a_repo_loads_completely(repo_folder, model_class):
     assert states_equal(model.state_dict(), expected)
 
 
+def test_a_subclass_of_a_user_loads_the_same_weights(repo_folder):
+    class InnerModel(RecoverableLlavaModel):
+        pass
+
+    class OuterModel(RecoverableLlavaForConditionalGeneration):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = InnerModel(config)
+
+    model, info = OuterModel.from_pretrained(repo_folder, output_loading_info=True)
+    assert_complete(info)
+    expected = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder)
+    assert states_equal(model.state_dict(), expected.state_dict())
+
+
 def test_no_weight_of_a_repo_is_random(repo_folder):
     """Loaded twice under different seeds: what the files lack would differ."""
     torch.manual_seed(1)

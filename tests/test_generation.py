@@ -108,6 +108,18 @@ def test_text_alone_equals_stock(model, processor, pictures, stock):
     assert torch.equal(model.generate(**inputs, **GREEDY), stock.generate(**without_question(inputs), **GREEDY))
 
 
+def test_padding_is_found_without_a_mask_as_in_stock(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    assert (inputs["attention_mask"] == 0).any()
+    expected = answers(model, inputs)
+    without = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    assert torch.equal(answers(model, without), expected)
+    same = processor.tokenizer.pad_token_id  # padding that also ends an answer says nothing
+    everything = answers(model, inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}, eos_token_id=same)
+    assert torch.equal(answers(model, without, eos_token_id=same), everything)
+
+
 def test_right_padding_generates_the_same(model, processor, pictures):
     left = answers(model, batch_of(processor, pictures))
     right = answers(model, batch_of(processor, pictures, padding_side="right"))
