@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.two_gpus --model checkpoints/tiny
 
 Each process answers alone first. Then each answers its share of the prompts (accelerate), then one process spreads the
-layers (`device_map`, GPUs only), then the language model is sharded over all processes (`tp_plan="auto"`; left out where
-these do not divide its attention heads: the embedded checkpoint has 5). Runs on CPU processes too, as a check of the
-script. Exit status 1 if an answer differs.
+layers (`device_map`, GPUs only), then the language model is sharded over all processes (`tp_plan="auto"`). That is left
+out where they do not divide its attention heads: the embedded checkpoint has 5. Runs on CPU processes too, as a check
+of the script. Exit status 1 if an answer differs.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> int:
 
     heads = config.text_config.num_key_value_heads
     if heads % state.num_processes and state.is_main_process:
-        print(f'left out: tp_plan="auto", as {heads} attention heads do not part into {state.num_processes}', flush=True)
+        print(f'left out: tp_plan="auto": {heads} heads do not part into {state.num_processes}', flush=True)
     if state.num_processes > 1 and heads % state.num_processes == 0:
         sharded = load(distributed_config=DistributedConfig(tp_plan="auto"))
         found = answer(sharded, processor, everything)

@@ -576,7 +576,7 @@ class RecoverableLlavaModel(LlavaModel):
                     question_attention_mask=question_attention_mask,
                     question_embeds=question_embeds,
                 )
-        if visual_embeds is not None:
+        if visual_embeds is not None and input_ids is not None:
             return super().forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,

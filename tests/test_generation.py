@@ -116,7 +116,8 @@ def test_padding_is_found_without_a_mask_as_in_stock(model, processor, pictures)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     assert torch.equal(answers(model, without), expected)
     same = processor.tokenizer.pad_token_id  # padding that also ends an answer says nothing
-    everything = answers(model, inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}, eos_token_id=same)
+    all_ones = {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+    everything = answers(model, inputs | all_ones, eos_token_id=same)
     assert torch.equal(answers(model, without, eos_token_id=same), everything)
 
 

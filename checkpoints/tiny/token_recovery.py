@@ -117,10 +117,8 @@ def select_tokens(
             f"visual_token_budget ({visual_token_budget}) is larger than the number of patches of an image "
             f"({num_patches}): lower it, or switch compression off."
         )
-    if valid is None:
-        num_valid = torch.full_like(visual_scores[:, 0], num_patches, dtype=torch.long)
-    else:
-        num_valid = valid.sum(1)
+    all_patches = torch.full_like(visual_scores[:, 0], num_patches, dtype=torch.long)
+    num_valid = all_patches if valid is None else valid.sum(1)
     # Both kinds of scores at once, [B, 1 or 2, N].
     scores = visual_scores[:, None] if text_scores is None else torch.stack([visual_scores, text_scores], dim=1)
     scores = _lowest_where_not_finite(scores, valid)
@@ -313,7 +311,7 @@ def gather_tokens(patches: torch.Tensor, assembly: Assembly) -> torch.Tensor:
 
 
 def _lowest_where_not_finite(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Scores [B, kinds, N] in which NaN and infinity are replaced by the row's lowest valid score (0 if there is none)."""
+    """Scores [B, kinds, N] with the row's lowest valid score (0 if there is none) for NaN and infinity."""
     scores = scores.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
     return torch.where(scores < torch.inf, scores, _lowest(scores, valid).nan_to_num(posinf=0.0))
 
