@@ -54,6 +54,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or repo id of a model with recoverable compression")
     arguments = parser.parse_args()
+    # In TF32, the default of convolutions, patches are rounded otherwise in a batch of another size.
+    torch.backends.cudnn.allow_tf32 = False
     state = PartialState(cpu=not torch.cuda.is_available())
     has_gpus = torch.cuda.is_available()
     processor = AutoProcessor.from_pretrained(arguments.model)
