@@ -94,7 +94,8 @@ def select_tokens(
         lof_threshold: a score is an outlier when its Local Outlier Factor is above this.
         merge_centres: merge left-over patches around centres, as many as their class attention has outliers.
         merge_remaining: one more token for the patches that no centre absorbs.
-        min_visual_tokens: the visual filter keeps at least this many (or all valid patches, if fewer).
+        min_visual_tokens: the visual filter, or with features both steps together, keep at least this many (or all
+            valid patches, if fewer).
         max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
         visual_token_budget: exact number of an image's tokens, split among the kinds in proportion to what each asks
             for; without centres the rest stays one token. Every image must have at least this many valid patches.
