@@ -51,8 +51,11 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
         ("answers", 30, each(plan.answers, descending, ("stock", "adaptive"))),
     ]
     if with_compile:
-        listed.append(("compiled", 80, each(plan.compiled, batch_sizes[-1:], ("fixed",))))
-        listed.append(("compiled, small batch", 80, each(plan.compiled, batch_sizes[:1], ("fixed",))))
+        listed += [
+            ("compiled, small batch", 130, each(plan.compiled, batch_sizes[:1], two)),
+            ("compiled", 130, each(plan.compiled, batch_sizes[-1:], two)),
+            ("switch", 120, each(plan.switched, batch_sizes[:1], two)),
+        ]
     return listed
 
 
@@ -64,7 +67,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=64, help="visual tokens of the fixed mode")
     parser.add_argument("--minutes", type=float, default=60.0, help="leave out what no longer fits")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes a minute a shape")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, some minutes for the first shape")
     arguments = parser.parse_args()
 
     started = time.monotonic()

@@ -308,22 +308,47 @@ def even_batch(bench: Bench, batch_size: int) -> Iterator[Row]:
         bench.models.ours.model.drawn = drawn
 
 
+def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as one CUDA graph of compiled kernels; on a CPU only traced, since a compiler may be missing there."""
+    has_gpu = torch.cuda.is_available()
+    mode, backend = ("reduce-overhead", "inductor") if has_gpu else (None, "eager")
+    return torch.compile(function, mode=mode, backend=backend, fullgraph=True, dynamic=False)
+
+
 def compiled(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
-    """The switch of docs/performance.md: `forward` compiled whole, replayed from a CUDA graph."""
+    """`forward` compiled whole, towers, selector and prefill, replayed from a CUDA graph."""
     model, inputs = bench.prepare(method, batch_size)
     inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
-    backend = "inductor" if torch.cuda.is_available() else "eager"
-    forward = torch.compile(model.forward, mode=mode, backend=backend, fullgraph=True, dynamic=False)
+    model(**inputs, use_cache=True, logits_to_keep=1)  # transformers takes a lock in its first call, which cannot trace
+    forward = compile_whole(model.forward)
 
     def first() -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+        if torch.cuda.is_available():
+            torch.compiler.cudagraph_mark_step_begin()
         outputs = forward(**inputs, use_cache=True, logits_to_keep=1)
         return outputs.logits[:, -1].argmax(-1)
 
     time = milliseconds(first, 2 * bench.repeats, warm_up=4)
     yield bench.row(batch_size, method, "compiled", "first_token_ms", time)
     torch._dynamo.reset()
+
+
+def switched(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
+    """The switch of docs/performance.md: a static cache, whose decode step transformers compiles, and with ours towers
+    and selector compiled as well."""
+    model, inputs = bench.prepare(method, batch_size)
+    if method == "fixed":
+        model.model.get_image_features = compile_whole(model.model.get_image_features)
+
+    def answer() -> Any:
+        return model.generate(**inputs, cache_implementation="static", max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    try:
+        time = milliseconds(answer, repeats=2, warm_up=1)
+        yield bench.row(batch_size, method, "compiled", "tokens_per_s", batch_size * NEW_TOKENS / time * 1e3)
+    finally:
+        vars(model.model).pop("get_image_features", None)
+        torch._dynamo.reset()
 
 
 def bytes_needed(bench: Bench, batch_size: int, method: str) -> int:

@@ -286,6 +286,11 @@ class RecoverableLlavaModel(LlavaModel):
         question_attention_mask: torch.Tensor | None,
         question_embeds: torch.Tensor | None,
     ) -> "_Question | None":
+        """The question of each row, if there are questions.
+
+        Called behind the vision tower: while the GPU is busy with that, the host launches the text tower's many small
+        kernels.
+        """
         self._check_question_rows(
             num_rows,
             question_input_ids=question_input_ids,
@@ -492,8 +497,8 @@ class RecoverableLlavaModel(LlavaModel):
                 **kwargs,
             )
         self.config.validate_recovery()
-        question = self._read_question(len(pixel_values), question_input_ids, question_attention_mask, question_embeds)
         vision = self.get_vision_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+        question = self._read_question(len(pixel_values), question_input_ids, question_attention_mask, question_embeds)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=vision.patches, pooler_output=list(self._budget_tokens(vision, question, None))
         )
@@ -618,10 +623,10 @@ class RecoverableLlavaModel(LlavaModel):
         new_mask = mask_of_new_tokens(tokens, attention_mask, history)
         ids = input_ids if input_ids is not None else tokens.new_full(tokens.shape[:2], -1, dtype=torch.long)
         if has_images:
-            question = self._read_question(len(ids), question_input_ids, question_attention_mask, question_embeds)
             vision = self._vision_of(
                 pixel_values, vision_features, vision_feature_layer, vision_feature_select_strategy
             )
+            question = self._read_question(len(ids), question_input_ids, question_attention_mask, question_embeds)
             short, visual_embeds = self.compress_prompt(ids, vision, question, new_mask, position_ids)
         else:
             short, visual_embeds = unshortened_prompt(ids, new_mask, position_ids), None
@@ -937,8 +942,8 @@ class RecoverableLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if pixel_values is None and vision is None:
             short, visual_embeds = unshortened_prompt(new_ids, new_mask, None), None
         else:
-            question = self.model._read_question(len(input_ids), **question_inputs)
             vision = self.model._vision_of(pixel_values, vision, layer, strategy)
+            question = self.model._read_question(len(input_ids), **question_inputs)
             new_positions = None if position_ids is None else position_ids[:, -new_ids.shape[1] :]
             short, visual_embeds = self.model.compress_prompt(new_ids, vision, question, new_mask, new_positions)
             visual_embeds = nn.functional.pad(visual_embeds, (0, 0, cached_length, 0))

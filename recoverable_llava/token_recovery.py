@@ -126,7 +126,7 @@ def select_tokens(
     if features is not None:
         distance = _cosine_distance(features)  # [B, N, N]
         mean_distance = _mean_distance(distance, valid)  # [B]
-        scores = _importance(scores, distance / mean_distance[:, None, None], valid)
+        scores = _importance(scores, distance, mean_distance, valid)
     visual_scores, text_scores = scores[:, 0], None if text_scores is None else scores[:, 1]
     # By novelty, a budget alone says how many patches stay; only centres would have to be counted first.
     is_shared_at_once = features is not None and visual_token_budget is not None and not merge_centres
@@ -336,9 +336,17 @@ def _num_outliers(
 
 
 def _cosine_distance(features: torch.Tensor) -> torch.Tensor:
-    """[B, N, N] one minus the cosine between the features [B, N, C] of every two patches."""
-    directions = torch.nn.functional.normalize(features.float().nan_to_num(0, 0, 0), dim=-1)
-    return 1 - directions @ directions.transpose(1, 2)
+    """[B, N, N] float32, one minus the cosine between the features [B, N, C] of every two patches.
+
+    The product of all pairs is most of the selector's work. For features in half precision it is taken in float16, on
+    tensor cores where there are some: unit vectors do not overflow, and bfloat16's 8 bits would blur near copies.
+    """
+    is_half = features.dtype.itemsize == 2
+    features = features.nan_to_num(0, 0, 0)
+    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=torch.float32 if is_half else None)
+    directions = features / length.clamp(min=torch.finfo(torch.float32).tiny)
+    directions = directions.to(torch.float16 if is_half else torch.float32)
+    return 1 - (directions @ directions.transpose(1, 2)).float()
 
 
 def _mean_distance(distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -350,14 +358,18 @@ def _mean_distance(distance: torch.Tensor, valid: torch.Tensor | None) -> torch.
     return (total / weight.sum(1).square().clamp(min=1)).clamp(min=SMALLEST)
 
 
-def _importance(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def _importance(
+    scores: torch.Tensor, distance: torch.Tensor, mean_distance: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
     """[B, kinds, N] each score times the root of what its patch's likes score in all: one token will stand for them.
 
-    Scores count above the lowest valid one. A patch is wholly like its copies, and less with `distance` [B, N, N].
+    Scores count above the lowest valid one. A patch is wholly like its copies, and less with distance [B, N, N], of
+    which `mean_distance` [B] is the mean.
     """
     scores = scores - _lowest(scores, valid) + SMALLEST
     scores = scores if valid is None else scores.masked_fill(~valid[:, None], 0)
-    return scores * (scores @ torch.exp(distance * (-1 / LIKENESS_WIDTH))).sqrt()
+    likeness = torch.exp(distance / (-LIKENESS_WIDTH * mean_distance)[:, None, None])
+    return scores * (scores @ likeness).sqrt()
 
 
 def _novelty(scores: torch.Tensor, distance: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -104,7 +104,7 @@ def test_against_a_slow_version(seed, budget):
     threshold=st.floats(0, 1.5),
     share=st.floats(0, 1),
     budget=st.none() | st.integers(1, 12),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     merge=st.booleans(),
 )
 def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge):
@@ -166,3 +166,19 @@ def test_features_that_are_no_numbers_spoil_nothing_else():
     selection = select_tokens(visual, text, features=spoiled, merge_centres=False)
     assert torch.equal(selection.kept_by_vision[1], expected.kept_by_vision[1])
     assert selection.num_tokens[0] >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tells_near_copies_apart(dtype):
+    """Each of 20 patches has a copy, the i-th turned away by a distance of 0.002 i: as many count as with float32."""
+    distance = 0.002 * torch.arange(20)
+    base, other = torch.eye(40)[:20], torch.eye(40)[20:]
+    copies = (1 - distance)[:, None] * base + (1 - (1 - distance) ** 2).sqrt()[:, None] * other
+    features = torch.cat([base, copies])[None].to(dtype)
+    visual = torch.linspace(1, 0.5, 40)[None]
+    for threshold in torch.linspace(0.003, 0.037, 17).tolist():
+        counts = [
+            select_tokens(visual, features=given, novelty_threshold=threshold, merge_centres=False).num_visual.item()
+            for given in (features, features.float())
+        ]
+        assert counts[0] == counts[1]

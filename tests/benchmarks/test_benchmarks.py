@@ -23,7 +23,7 @@ def bench():
 @pytest.mark.slow
 def test_one_command_gives_table_and_picture(tmp_path, monkeypatch):
     arguments = ["benchmarks", "--shapes", "tiny", "--batch-sizes", "1", "2", "--budget", "16", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--compile", "--out", str(tmp_path)])
     command.main()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["facts"]["left_out"] == []
@@ -32,7 +32,8 @@ def test_one_command_gives_table_and_picture(tmp_path, monkeypatch):
         for quantity in ("first_token_ms", "prefill_ms", "decode_step_ms", "cache_bytes", "first_token_peak_bytes"):
             assert (method, "eager", quantity) in measured
     for method in ("stock", "fixed"):
-        assert (method, "captured", "first_token_ms") in measured and (method, "captured", "tokens_per_s") in measured
+        for mode in ("captured", "compiled"):
+            assert (method, mode, "first_token_ms") in measured and (method, mode, "tokens_per_s") in measured
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(results["rows"])
     assert (tmp_path / "table.png").stat().st_size > 10_000
     assert "| stock LLaVA |" in (tmp_path / "table.md").read_text()

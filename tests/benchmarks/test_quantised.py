@@ -14,6 +14,7 @@ from benchmarks.models import SHAPES, build, make_inputs
 from recoverable_llava import RecoverableLlavaForConditionalGeneration
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOWERS = [
     "model.vision_tower",
     "model.question_tower",
@@ -58,13 +59,14 @@ def test_quantised_language_model_gets_the_same_tokens(folder, name):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     quantization_config = CONFIGS[name]()
     load = RecoverableLlavaForConditionalGeneration.from_pretrained
-    plain, quantised = load(folder), load(folder, quantization_config=quantization_config)
+    plain = load(folder, device_map=DEVICE)
+    quantised = load(folder, quantization_config=quantization_config, device_map=DEVICE)
     layer = quantised.model.language_model.layers[0].mlp.up_proj
     assert type(layer.weight.data) is not type(plain.lm_head.weight.data) or layer.weight.dtype != torch.float32
     assert type(quantised.model.question_tower.text_projection) is torch.nn.Linear
     for budget in (None, 16):
         placeholders = budget or SHAPES["tiny"].num_patches
-        inputs = make_inputs(SHAPES["tiny"], 2, placeholders, torch.device("cpu"), torch.float32)
+        inputs = make_inputs(SHAPES["tiny"], 2, placeholders, torch.device(DEVICE), torch.float32)
         plain.config.visual_token_budget = quantised.config.visual_token_budget = budget
         with torch.no_grad():
             chosen, expected = quantised.recover_tokens(**inputs), plain.recover_tokens(**inputs)

@@ -62,7 +62,8 @@ def test_table(tmp_path):
     ours = make_outcome("ours", rng.random(90) < 0.9, 58)
     adaptive = make_outcome("ours", rng.random(90) < 0.9, None, tokens=20 + objects)
     other = make_outcome("other", rng.random(90) < 0.3, 58)
-    rows = make_table(examples, [full, ours, adaptive, other], reference="ours")
+    fewer, more = make_outcome("ours", np.zeros(90), 24), make_outcome("ours", np.zeros(90), 64)
+    rows = make_table(examples, [full, ours, adaptive, other, fewer, more], reference="ours")
     assert rows[0].retained.value == rows[0].retained.low == 100
     assert rows[2].tokens_follow_objects == pytest.approx(1.0)
     assert rows[2].budget == "adaptive" and rows[1].behind is None
@@ -71,10 +72,15 @@ def test_table(tmp_path):
     assert rows[1].questions == 60
     single = np.array([example.kind != "second turn" for example in examples])
     assert rows[1].retained.value == pytest.approx(100 * ours.correct[single].mean())
+    # 58 is the smallest fixed number that is not below the adaptive mean of some 27.
+    difference = 100 * (adaptive.correct[single].mean() - ours.correct[single].mean())
+    assert rows[2].ahead_of_fixed.value == pytest.approx(difference)
+    assert rows[2].ahead_of_fixed.low < difference < rows[2].ahead_of_fixed.high
+    assert all(row.ahead_of_fixed is None for row in rows if row is not rows[2])
     write_table(rows, {"model": "x"}, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["rows"][1]["retained"]["value"] == rows[1].retained.value
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
-    assert markdown(rows).count("\n") == 5
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 7
+    assert markdown(rows).count("\n") == 7
 
 
 def test_table_needs_the_run_with_all_tokens():
