@@ -36,7 +36,7 @@ def pictures() -> list[Image.Image]:
 
 
 def answer(model: Any, processor: Any, rows: list[int]) -> list[list[int]]:
-    """New tokens of the prompts `rows`, greedy."""
+    """New tokens of the prompts `rows`, greedy, without the padding behind an answer that ends before the others."""
     images = pictures()
     inputs = processor(
         images=[[images[row]] for row in rows],
@@ -47,7 +47,9 @@ def answer(model: Any, processor: Any, rows: list[int]) -> list[list[int]]:
     ).to(model.device)
     with torch.no_grad():
         sequences = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    end = model.generation_config.eos_token_id
+    return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 
 
 def main() -> int:

@@ -28,9 +28,11 @@ def same_answers(repo_folder):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs, the test below runs on them")
 def test_two_processes_answer_as_one(repo_folder):
     assert len(same_answers(repo_folder)) == 2  # accelerate, tensor parallel
+    assert len(same_answers(str(ROOT / "checkpoints/tiny"))) == 1  # answers of several lengths; 5 heads
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_answer_as_one(repo_folder):
     assert len(same_answers(repo_folder)) == 3  # and device_map
+    assert len(same_answers(str(ROOT / "checkpoints/tiny"))) == 2
