@@ -33,7 +33,7 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
     whole = [
         ("eager", 25, each(plan.eager, descending, plan.METHODS)),
         ("captured", 25, each(plan.captured, descending, two)),
-        ("largest batch", 20, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed"))),
+        ("largest batch", 40, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed"))),
     ]
     if not thorough:
         # Two caches and the graph's own memory of a larger stock model and batch do not fit into 80 GB.

@@ -351,8 +351,8 @@ def switched(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
         torch._dynamo.reset()
 
 
-def bytes_needed(bench: Bench, batch_size: int, method: str) -> int:
-    """Bytes, besides weights and inputs, for a batch's first token and a cache of 128 more.
+def bytes_needed(bench: Bench, batch_size: int, method: str, new_tokens: int) -> int:
+    """Bytes, besides weights and inputs, for a batch's first token and a cache of `new_tokens` more.
 
     Raises:
         torch.OutOfMemoryError: if there are not that many.
@@ -362,23 +362,30 @@ def bytes_needed(bench: Bench, batch_size: int, method: str) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _, cache = bench.first_token(model, inputs)
-    more = cache_bytes(cache) // cache.get_seq_length() * NEW_TOKENS
+    more = cache_bytes(cache) // cache.get_seq_length() * new_tokens
     torch.empty(more, dtype=torch.uint8, device=bench.device)
     return torch.cuda.max_memory_allocated() - before
 
 
 def largest_batch(bench: Bench, start: int, method: str) -> Iterator[Row]:
-    """The largest batch whose first token and cache of 128 more fit; tried from an estimate, to within 5 %."""
+    """The largest batch whose first token fits, and the largest that has room for 128 tokens more."""
     if not torch.cuda.is_available():
         return
+    for new_tokens, quantity in ((NEW_TOKENS, f"largest_batch_{NEW_TOKENS}_more"), (0, "largest_batch_first_token")):
+        fits = largest_that_fits(bench, start, method, new_tokens)
+        yield bench.row(fits, method, "eager", quantity, fits)
+
+
+def largest_that_fits(bench: Bench, start: int, method: str, new_tokens: int) -> int:
+    """Tried from an estimate, to within 5 %."""
     free = torch.cuda.get_device_properties(0).total_memory - torch.cuda.memory_allocated()
     fits, fails = start, 1025
-    guess = int(0.95 * free * start / bytes_needed(bench, start, method))
+    guess = int(0.95 * free * start / bytes_needed(bench, start, method, new_tokens))
     for _ in range(5):
         guess = min(max(guess, fits + 1), fails - 1)
         release()
         try:
-            bytes_needed(bench, guess, method)
+            bytes_needed(bench, guess, method, new_tokens)
             fits = guess
         except torch.OutOfMemoryError:
             fails = guess
@@ -389,7 +396,7 @@ def largest_batch(bench: Bench, start: int, method: str) -> Iterator[Row]:
         )
     if fits == start:
         raise RuntimeError(f"Not even a batch above {start} fits: something else holds the device's memory.")
-    yield bench.row(fits, method, "eager", "largest_batch", fits)
+    return fits
 
 
 def launches(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:

@@ -133,15 +133,15 @@ def test_bars_from_known_figures():
         row(32, "fixed", "captured", "first_token_ms", 200.0),
         row(32, "fixed", "compiled", "first_token_ms", 128.0),
         row(1, "adaptive", "eager", "selector_ms", 4.0),
-        row(140, "stock", "eager", "largest_batch", 140),
-        row(600, "adaptive", "eager", "largest_batch", 600),
+        row(140, "stock", "eager", "largest_batch_first_token", 140),
+        row(600, "adaptive", "eager", "largest_batch_first_token", 600),
     ]
     found = {what: (value, met) for what, value, _, met in report.bars(report.Results(rows), "7B") if value is not None}
     assert found == {
         "first token, adaptive against stock, both eager, B = 32": (4.0, True),
         "first token, fixed captured or compiled against stock eager, B = 32": (5.0, True),
         "selector, adaptive, eager, B = 1, ms": (4.0, False),
-        "largest batch, adaptive against stock": (600 / 140, True),
+        "largest batch, first token, adaptive against stock": (600 / 140, True),
     }
 
 
