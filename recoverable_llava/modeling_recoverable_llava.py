@@ -17,6 +17,7 @@ of an embedding.
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,23 +218,25 @@ class RecoverableLlavaModel(LlavaModel):
     ) -> Selection:
         """Which patches stay, for each image; one row of `text_scores` and `has_question` per image."""
         config, budget, limit = self.config, self.config.visual_token_budget, self.config.max_visual_tokens
-        return select_tokens(
-            vision.visual_scores,
-            text_scores,
-            has_question,
-            features=self._as_the_language_model_sees(vision.patches) if config.diversity else None,
-            novelty_threshold=config.novelty_threshold,
-            text_share=config.text_share,
-            visual_lof_neighbors=config.visual_lof_neighbors,
-            text_lof_neighbors=config.text_lof_neighbors,
-            merge_lof_neighbors=config.merge_lof_neighbors,
-            lof_threshold=config.lof_threshold,
-            merge_centres=config.merge_centres,
-            merge_remaining=config.merge_remaining,
-            min_visual_tokens=config.min_visual_tokens,
-            max_visual_tokens=None if limit is None else limit - vision.num_class_tokens,
-            visual_token_budget=None if budget is None else budget - vision.num_class_tokens,
-        )
+        features = self._as_the_language_model_sees(vision.patches) if config.diversity else None
+        with _full_precision(vision.visual_scores):
+            return select_tokens(
+                vision.visual_scores,
+                text_scores,
+                has_question,
+                features=features,
+                novelty_threshold=config.novelty_threshold,
+                text_share=config.text_share,
+                visual_lof_neighbors=config.visual_lof_neighbors,
+                text_lof_neighbors=config.text_lof_neighbors,
+                merge_lof_neighbors=config.merge_lof_neighbors,
+                lof_threshold=config.lof_threshold,
+                merge_centres=config.merge_centres,
+                merge_remaining=config.merge_remaining,
+                min_visual_tokens=config.min_visual_tokens,
+                max_visual_tokens=None if limit is None else limit - vision.num_class_tokens,
+                visual_token_budget=None if budget is None else budget - vision.num_class_tokens,
+            )
 
     def _assemble_tokens(
         self,
@@ -245,18 +248,19 @@ class RecoverableLlavaModel(LlavaModel):
         num_merged: int,
     ) -> Assembly:
         """How each image's `num_tokens` tokens are made of its patches."""
-        return assemble_tokens(
-            selection,
-            vision.visual_scores,
-            vision.keys,
-            text_scores,
-            has_question,
-            num_tokens=num_tokens,
-            num_merged=num_merged,
-            merge_centres=self.config.merge_centres,
-            merge_neighbors=self.config.merge_neighbors,
-            text_merge_weight=self.config.text_merge_weight,
-        )
+        with _full_precision(vision.visual_scores):
+            return assemble_tokens(
+                selection,
+                vision.visual_scores,
+                vision.keys,
+                text_scores,
+                has_question,
+                num_tokens=num_tokens,
+                num_merged=num_merged,
+                merge_centres=self.config.merge_centres,
+                merge_neighbors=self.config.merge_neighbors,
+                text_merge_weight=self.config.text_merge_weight,
+            )
 
     def _project_tokens(self, vision: VisionFeatures, assembly: Assembly) -> torch.Tensor:
         """[I, K, D] visual tokens in the language model's space; gradients flow through these alone."""
@@ -277,7 +281,8 @@ class RecoverableLlavaModel(LlavaModel):
         if row_of_image is not None:
             row_of_image = row_of_image.to(device)
             embeds, present = embeds[row_of_image], present[row_of_image]
-        return (vision.relevance_embeds @ embeds[:, :, None]).squeeze(2), present
+        with _full_precision(embeds):
+            return (vision.relevance_embeds @ embeds[:, :, None]).squeeze(2), present
 
     def _read_question(
         self,
@@ -659,6 +664,13 @@ class RecoverableLlavaModel(LlavaModel):
             if outputs.hidden_states is not None:
                 outputs.hidden_states = tuple(spread_over_original(states, short) for states in outputs.hidden_states)
         return outputs
+
+
+def _full_precision(like: torch.Tensor) -> AbstractContextManager:
+    """No autocast on the tensor's device: in bfloat16 scores and distances would rank other patches."""
+    device_type = like.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,24 @@ def test_half_precision_scores_are_float32(model, pixels):
 # ------------------------------------------------------------------------------------------------------ forward passes
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_autocast_leaves_the_choice_in_full_precision(model, inputs, preset, monkeypatch):
+    """From the same features, autocast chooses the same patches; bfloat16 scores would not even rank them."""
+    model.config.use_preset(preset)
+    given = {
+        "vision_features": model.get_vision_features(inputs["pixel_values"]),
+        "question_embeds": model.get_question_embeds(inputs["question_input_ids"]),
+    }
+    projected = model.model._as_the_language_model_sees(given["vision_features"].patches)
+    monkeypatch.setattr(model.model, "_as_the_language_model_sees", lambda patches: projected)
+    expected = model.recover_tokens(input_ids=inputs["input_ids"], **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.recover_tokens(input_ids=inputs["input_ids"], **given)
+    assert torch.equal(found.text_scores, expected.text_scores)
+    assert torch.equal(found.assembly.token_index, expected.assembly.token_index)
+    assert torch.equal(found.assembly.merge_weights, expected.assembly.merge_weights)
+
+
 @pytest.fixture
 def count_passes(model):
     counts = {}

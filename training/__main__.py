@@ -7,6 +7,7 @@ import argparse
 import json
 from dataclasses import fields
 
+from .evaluate import PARTS
 from .train import TrainingOptions, train
 
 
@@ -36,6 +37,7 @@ def _arguments() -> argparse.Namespace:
     evaluator.add_argument("--devices", default="cpu", help="for example cuda:0,cuda:1")
     evaluator.add_argument("--batch-size", type=int, default=16)
     evaluator.add_argument("--workers", type=int, default=0, help="processes that share the work")
+    evaluator.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the others stay as they are")
     plotter = commands.add_parser("plot", help="draw loss and accuracy curves of a run")
     plotter.add_argument("--run", default="runs/tiny")
     plotter.add_argument("--output", default="docs/pictures/training_curves.png")

@@ -23,6 +23,7 @@ from .questions import KINDS, scene_facts
 
 RETRIEVAL_BATCH = 256
 BLOCK = 500  # questions of one job
+PARTS = ("test", "retrieval_top1", "combination", "seconds_per_answer_cpu")
 THREADS = 1  # of one job: drawing a scene does not gain from more
 
 
@@ -132,20 +133,35 @@ def answer_seconds(folder: str, repeats: int = 5) -> float:
 
 
 def evaluate(
-    llava: str, clip: str, output: str, count: int = 2000, devices: str = "cpu", batch_size: int = 16, workers: int = 0
+    llava: str,
+    clip: str,
+    output: str,
+    count: int = 2000,
+    devices: str = "cpu",
+    batch_size: int = 16,
+    workers: int = 0,
+    parts: Sequence[str] = PARTS,
 ) -> dict:
-    """All figures of the checkpoint, written to `output` as JSON; `devices` are separated by commas."""
+    """The figures of the checkpoint, written to `output` as JSON; `devices` are separated by commas.
+
+    Args:
+        parts: what to measure, of `PARTS`; the others stay in the file as they are.
+    """
     names = devices.split(",")
     settings = {"devices": names, "batch_size": batch_size, "workers": workers}
     batches = max(count // RETRIEVAL_BATCH // 2, 1)
-    result: dict = {"retrieval_captions": batches * RETRIEVAL_BATCH}
-    parts = {
+    file = Path(output)
+    result: dict = json.loads(file.read_text()) if file.exists() and set(parts) != set(PARTS) else {}
+
+    measures = {
         "test": lambda: answer_accuracy(llava, "test", count, **settings),
         "retrieval_top1": lambda: retrieval(clip, "test", batches, names[0]),
         "combination": lambda: answer_accuracy(llava, "combination", max(count // 4, 1), **settings),
         "seconds_per_answer_cpu": lambda: answer_seconds(llava),
     }
-    for name, measure in parts.items():
-        result[name] = measure()
-        Path(output).write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept if the rest fails
+    for name in parts:
+        result[name] = measures[name]()
+        if name == "retrieval_top1":
+            result["retrieval_captions"] = batches * RETRIEVAL_BATCH
+        file.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept if the rest fails
     return result

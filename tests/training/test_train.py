@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from training.data import BatchMaker
-from training.evaluate import answer_accuracy, retrieval
+from training.evaluate import answer_accuracy, evaluate, retrieval
 from training.examples import scene_examples
 from training.export import clip_model, export_combined, export_stock, load_weights
 from training.model import SMOKE_SIZE, TrainingModel, visual_positions
@@ -125,3 +125,12 @@ def test_retrieval_counts_fitting_images(run, tmp_path, monkeypatch):
     monkeypatch.setattr("training.evaluate.RETRIEVAL_BATCH", 8)
     _, clip = export_stock(load_weights(run[1], smoke=True), tmp_path)
     assert 0 <= retrieval(str(clip), "test", 1) <= 1
+
+
+def test_parts_measured_alone_leave_the_others(tmp_path, monkeypatch):
+    figures = tmp_path / "figures.json"
+    figures.write_text(json.dumps({"retrieval_top1": 0.9, "retrieval_captions": 256, "combination": {}}))
+    monkeypatch.setattr("training.evaluate.answer_accuracy", lambda folder, split, count, **settings: {split: count})
+    found = evaluate("llava", "clip", str(figures), count=8, parts=["combination"])
+    assert found == {"retrieval_top1": 0.9, "retrieval_captions": 256, "combination": {"combination": 2}}
+    assert json.loads(figures.read_text()) == found
