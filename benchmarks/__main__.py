@@ -31,20 +31,21 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
         ]
 
     whole = [
-        ("eager", 25, each(plan.eager, descending, plan.METHODS)),
+        ("first token", 12, each(plan.first_tokens, descending)),
+        ("eager", 20, each(plan.eager, descending, plan.METHODS)),
         ("captured", 25, each(plan.captured, descending, two)),
         ("largest batch", 40, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed"))),
     ]
     if not thorough:
         # Two caches and the graph's own memory of a larger stock model and batch do not fit into 80 GB.
-        return [whole[0], ("captured", 15, each(plan.captured, descending[1:], two)), whole[2]]
+        return [*whole[:2], ("captured", 15, each(plan.captured, descending[1:], two)), whole[3]]
     listed = [
         ("selector", 3, each(plan.selector, batch_sizes)),
-        *whole[:2],
+        *whole[:3],
         ("released step", 3, [partial(plan.released_step, bench)]),
         ("even batch", 4, each(plan.even_batch, batch_sizes)),
         ("towers", 4, each(plan.towers, batch_sizes)),
-        whole[2],
+        whole[3],
         ("same question", 4, each(plan.same_question, batch_sizes)),
         ("launches", 8, each(plan.launches, batch_sizes, plan.METHODS)),
         ("selector growth", 4, each(plan.selector_growth, batch_sizes)),
@@ -52,8 +53,10 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
     ]
     if with_compile:
         listed += [
-            ("compiled, small batch", 130, each(plan.compiled, batch_sizes[:1], two)),
-            ("compiled", 130, each(plan.compiled, batch_sizes[-1:], two)),
+            ("compiled, small batch", 100, each(plan.compiled, batch_sizes[:1], two)),
+            ("compiled towers", 30, each(plan.compiled_towers, batch_sizes[:1])),
+            ("compiled decode step", 60, each(plan.compiled_decode, batch_sizes[-1:], two)),
+            ("compiled", 100, each(plan.compiled, batch_sizes[-1:], two)),
             ("switch", 120, each(plan.switched, batch_sizes[:1], two)),
         ]
     return listed

@@ -7,6 +7,7 @@ Quantities end in their unit: `_ms`, `_bytes`, `_per_s`, or none for counts.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -196,11 +197,21 @@ def towers(bench: Bench, batch_size: int) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------- whole calls
 
 
+def first_tokens(bench: Bench, batch_size: int, warm_up: int = 2) -> Iterator[Row]:
+    """Time to first token of all methods in turn, so that a host that slows down slows all of them."""
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(warm_up + bench.repeats * (3 if batch_size == 1 else 1)):
+        for method in METHODS:
+            model, inputs = bench.prepare(method, batch_size)
+            times[method].append(milliseconds(partial(bench.first_token, model, inputs), repeats=1, warm_up=0))
+    for method in METHODS:
+        yield bench.row(batch_size, method, "eager", "first_token_ms", median(times[method][warm_up:]))
+
+
 def eager(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
-    """Time to first token, prefill alone, decode step, memory."""
+    """Prefill alone, decode step, memory."""
     model, inputs = bench.prepare(method, batch_size)
-    time = milliseconds(lambda: bench.first_token(model, inputs), bench.repeats)
-    yield bench.row(batch_size, method, "eager", "first_token_ms", time)
+    bench.first_token(model, inputs)
     peak = peak_bytes(lambda: bench.first_token(model, inputs))
     yield bench.row(batch_size, method, "eager", "first_token_peak_bytes", peak)
     mask = None
@@ -330,6 +341,34 @@ def compiled(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
 
     time = milliseconds(first, 2 * bench.repeats, warm_up=4)
     yield bench.row(batch_size, method, "compiled", "first_token_ms", time)
+    torch._dynamo.reset()
+
+
+def compiled_towers(bench: Bench, batch_size: int) -> Iterator[Row]:
+    """Adaptive mode with both towers compiled, whose shapes do not depend on the image."""
+    model, inputs = bench.prepare("adaptive", batch_size)
+    base = model.model
+    bench.first_token(model, inputs)
+    base.get_vision_features = compile_whole(base.get_vision_features)
+    base.get_question_embeds = compile_whole(base.get_question_embeds)
+    try:
+        time = milliseconds(lambda: bench.first_token(model, inputs), 3 * bench.repeats, warm_up=4)
+        yield bench.row(batch_size, "adaptive", "towers compiled", "first_token_ms", time)
+    finally:
+        del base.get_vision_features, base.get_question_embeds
+        torch._dynamo.reset()
+
+
+def compiled_decode(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
+    """The decode step as transformers runs it on a static cache with room for 128 tokens more: compiled."""
+    model, inputs = bench.prepare(method, batch_size)
+    length = bench.first_token(model, inputs)[1].get_seq_length()
+    static = StaticCache(config=model.config.text_config, max_cache_len=length + NEW_TOKENS)
+    bench.prefill(bench.random_embeds(batch_size, length), None, static)
+    step = bench.random_embeds(batch_size, 1)
+    decode = compile_whole(lambda: bench.prefill(step, None, static)[0])
+    time = milliseconds(decode, 4 * bench.repeats, warm_up=4)
+    yield bench.row(batch_size, method, "compiled", "decode_step_ms", time)
     torch._dynamo.reset()
 
 
