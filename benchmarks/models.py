@@ -135,7 +135,8 @@ class StockModel(LlavaModel):
     """Stock, but without the check that placeholders match features while a CUDA graph is captured."""
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> torch.Tensor:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return (input_ids == self.config.image_token_id)[:, :, None]
         return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
