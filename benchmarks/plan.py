@@ -4,6 +4,7 @@ A row: shape, batch, method, mode ("eager", "captured" as one CUDA graph, "compi
 Quantities end in their unit: `_ms`, `_bytes`, `_per_s`, or none for counts.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +94,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
         drawn.text_scores,
         scored.has_question,
         features=None if is_paper else scored.projected,
+        grid_width=math.isqrt(drawn.visual_scores.shape[1]),
         merge_centres=is_paper,
         visual_lof_neighbors=neighbors,
         text_lof_neighbors=neighbors,

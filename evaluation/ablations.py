@@ -13,14 +13,24 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import max_pool2d, normalize
 
 from evaluation.evidence import Evidence
 from evaluation.peers import assembly_of, highest, min_max
+from recoverable_llava import RecoverableLlavaConfig
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import LIKENESS_WIDTH, Assembly, Selection, assemble_tokens, select_tokens
+from recoverable_llava.token_recovery import (
+    ATTENTION_POWER,
+    LIKENESS_WIDTH,
+    RELEVANCE_POWER,
+    Assembly,
+    Selection,
+    assemble_tokens,
+    select_tokens,
+)
 
 
+THRESHOLD = RecoverableLlavaConfig.novelty_threshold
 ATTENTIONS: dict[str, Callable[[Evidence], torch.Tensor]] = {
     "last layer": lambda evidence: evidence.class_attention,
     "layer before": lambda evidence: evidence.previous_class_attention,
@@ -111,12 +121,15 @@ def distinct(
     attention: str = "last layer",
     relevance: str = "value",
     features: str = "projected",
-    text_share: float = 0.8,
+    text_share: float = 0.9,
+    reach: float = 0.8,
+    attention_power: float = ATTENTION_POWER,
+    relevance_power: float = RELEVANCE_POWER,
     in_two_steps: bool = True,
     is_diverse: bool = True,
     width: float | None = LIKENESS_WIDTH,
     power: float = 0.5,
-    threshold: float = 0.15,
+    threshold: float = THRESHOLD,
 ) -> Assembly:
     """Patches by importance times distance to the nearest more important patch (density peaks).
 
@@ -124,6 +137,8 @@ def distinct(
 
     Args:
         text_share: share of the tokens that the relevance chooses, or its weight in the one score; 0 leaves it out.
+        reach: how much of its relevance a patch lends the eight patches around it.
+        attention_power, relevance_power: of the scores between 0 and 1, before all else.
         in_two_steps: False ranks by one score, the weighted geometric mean of class attention and relevance.
         is_diverse: False ranks by importance alone.
         width: how fast a patch's likes stop counting into its importance with their distance, in units of the image's
@@ -137,10 +152,12 @@ def distinct(
     likeness = None if width is None else torch.exp(-distance / width)
 
     def importance_of(scores: torch.Tensor) -> torch.Tensor:
-        scores = min_max(scores.float())
         return scores if likeness is None else scores * (likeness @ scores[:, :, None])[:, :, 0] ** power
 
-    visual, text = importance_of(ATTENTIONS[attention](evidence)), importance_of(evidence.relevance[relevance])
+    visual = importance_of(min_max(ATTENTIONS[attention](evidence).float()) ** attention_power)
+    text = min_max(evidence.relevance[relevance].float()) ** relevance_power
+    around = max_pool2d(text.unflatten(1, evidence.grid)[:, None], 3, stride=1, padding=1).flatten(1)
+    text = importance_of(torch.maximum(text, reach * around))
     importance = visual if in_two_steps else visual ** (1 - text_share) * text**text_share
     apart = to_more_important(importance, distance)
     count = (apart > threshold).sum(1).clamp(min=1) if budget is None else torch.full_like(apart[:, 0], budget).long()
@@ -159,17 +176,14 @@ def recovery_by_novelty(
     budget: int | None,
     *,
     features: str = "projected",
-    text_share: float = 0.8,
-    novelty_threshold: float = 0.15,
 ) -> Assembly:
-    """The package's own selection by novelty, with the features and settings that validation found best."""
+    """The package's own selection by novelty, with its defaults."""
     visual, text = evidence.class_attention, evidence.relevance["value"]
     selection = select_tokens(
         visual,
         text,
         features=FEATURES[features](evidence),
-        text_share=text_share,
-        novelty_threshold=novelty_threshold,
+        grid_width=evidence.grid[1],
         merge_centres=False,
         visual_token_budget=budget,
     )
@@ -244,7 +258,14 @@ ABLATIONS: dict[str, Callable[..., Assembly]] = {
     "distinct: likes within 0.1": partial(distinct, width=0.1),
     "distinct: likes to the power 1": partial(distinct, power=1.0),
     "distinct: without question": partial(distinct, text_share=0.0),
+    "distinct: relevance reaches nothing": partial(distinct, reach=0.0),
+    "distinct: relevance reaches by 0.5": partial(distinct, reach=0.5),
+    "distinct: relevance to the power 1": partial(distinct, relevance_power=1.0),
+    "distinct: relevance to the power 2": partial(distinct, relevance_power=2.0),
+    "distinct: attention to the power 1": partial(distinct, attention_power=1.0),
+    "distinct: without question, attention to the power 1": partial(distinct, text_share=0.0, attention_power=1.0),
     "distinct: question 0.5": partial(distinct, text_share=0.5),
+    "distinct: question 0.8": partial(distinct, text_share=0.8),
     "distinct: question alone": partial(distinct, text_share=1.0),
     "distinct: one score": partial(distinct, in_two_steps=False),
     "distinct: projected relevance": partial(distinct, relevance="projected"),

@@ -74,10 +74,17 @@ def make_table(examples: list[Example], outcomes: list[Outcome], reference: str 
         return mean_over_kinds(100 * bootstraps[group].retained(outcome.correct[mask], everything.correct[mask]))
 
     def least_fixed(outcome: Outcome) -> Outcome | None:
-        """The smallest fixed budget of the method that is at least what an adaptive outcome uses on average."""
+        """The smallest fixed budget of the method that is at least what an adaptive outcome uses on average.
+
+        A method that cannot run with a budget, since it differs in the threshold alone, is compared with the method
+        that its name begins with.
+        """
         mean = outcome.num_tokens[single].mean()
-        fixed = [o for o in outcomes if o.method == outcome.method and o.budget is not None and o.budget >= mean]
-        return min(fixed, key=lambda o: o.budget or 0, default=None)
+        own, like = (
+            [o for o in outcomes if o.method == name and o.budget is not None]
+            for name in (outcome.method, outcome.method.split(",")[0])
+        )
+        return min((o for o in own or like if o.budget >= mean), key=lambda o: o.budget or 0, default=None)
 
     references = {o.budget: retained_over_kinds(o, "overall") for o in outcomes if o.method == reference}
     rows = []

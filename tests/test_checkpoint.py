@@ -40,7 +40,8 @@ def test_files_fit_a_git_host():
 
 
 def test_it_runs_with_the_defaults(loaded):
-    names = ("diversity", "novelty_threshold", "text_share", "text_relevance", "merge_centres", "merge_remaining")
+    names = ("diversity", "novelty_threshold", "text_share", "text_reach", "text_relevance")
+    names += ("merge_centres", "merge_remaining")
     config, defaults = loaded[0].config, RecoverableLlavaConfig()
     assert {name: getattr(config, name) for name in names} == {name: getattr(defaults, name) for name in names}
 

@@ -23,6 +23,7 @@ OTHER_VALUES = {
     "diversity": False,
     "novelty_threshold": 0.7,
     "text_share": 0.25,
+    "text_reach": 0.5,
     "visual_lof_neighbors": 7,
     "text_lof_neighbors": 8,
     "merge_lof_neighbors": 9,
@@ -36,6 +37,8 @@ OTHER_VALUES = {
     "max_visual_tokens": 20,
     "visual_token_budget": 9,
 }
+
+BY_NOVELTY = ("novelty_threshold", "text_share", "text_reach")  # without meaning in the paper's preset
 
 
 def test_every_hyperparameter_survives_a_round_trip(tmp_path):
@@ -63,7 +66,7 @@ def test_written_config_names_the_code_of_every_class(tmp_path):
 def test_preset_of_the_paper():
     config = RecoverableLlavaConfig()
     config.use_preset("paper")
-    settings = {name: getattr(config, name) for name in OTHER_VALUES if name not in ("novelty_threshold", "text_share")}
+    settings = {name: getattr(config, name) for name in OTHER_VALUES if name not in BY_NOVELTY}
     assert settings == {
         "compress": True,
         "diversity": False,
@@ -170,6 +173,7 @@ EFFECTS = [
     ("diversity", True, "kept_by_vision"),
     ("novelty_threshold", 0.9, "kept_by_vision"),
     ("text_share", 0.1, "recovered_by_text"),
+    ("text_reach", 0.0, "recovered_by_text"),
     ("merge_neighbors", 1, "merge_weights"),
     ("text_merge_weight", 0.0, "merge_weights"),
     ("merge_remaining", False, "merges_remaining"),
@@ -183,7 +187,7 @@ EFFECTS = [
 def test_a_change_at_run_time_counts_from_the_next_call_on(model, processor, pictures, name, value, changes):
     prompts = ["USER: <image>\nwhat is the colour of the cat ? ASSISTANT:"] * 4
     inputs = processor(images=[[picture] for picture in pictures], text=prompts, padding=True, return_tensors="pt")
-    if name not in ("novelty_threshold", "text_share"):
+    if name not in BY_NOVELTY:
         model.config.use_preset("paper")
     model.config.lof_threshold = 1.1  # so that every step has something to do
 

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recoverable_llava.token_recovery import LIKENESS_WIDTH, SMALLEST, select_tokens
+from recoverable_llava.token_recovery import (
+    ATTENTION_POWER,
+    LIKENESS_WIDTH,
+    RELEVANCE_POWER,
+    SMALLEST,
+    select_tokens,
+)
 
 
 def slow_novelty(scores, features, valid):
@@ -20,11 +26,24 @@ def slow_novelty(scores, features, valid):
     return novelty
 
 
+def slow_contrast(scores, valid, power, width=None, reach=0.0):
+    """Scores above the lowest, to a power, lent to the patches around."""
+    low = scores[valid].min()
+    given = [(scores[i] - low).item() ** power if valid[i] else 0.0 for i in range(len(scores))]
+    result = list(given)
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            is_beside = width and abs(i // width - j // width) <= 1 and abs(i % width - j % width) <= 1
+            if is_beside and valid[i]:
+                result[i] = max(result[i], reach * given[j])
+    return torch.tensor(result, dtype=torch.double)
+
+
 def slow_importance(scores, features, valid):
-    """Score above the lowest, times the root of the sum of such scores over patches, each by its likeness."""
+    """Score, times the root of the sum of scores over patches, each by its likeness."""
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     width = LIKENESS_WIDTH * slow_mean_distance(features, valid)
-    above = scores.double() - scores[valid].min() + SMALLEST
+    above = scores + SMALLEST
     importance = torch.zeros(len(scores), dtype=torch.double)
     for i in range(len(scores)):
         for j in range(len(scores)):
@@ -45,8 +64,8 @@ def highest(priority, count, among):
     return mask
 
 
-def slow_selection(visual, text, features, valid, threshold, share, budget=None):
-    visual = slow_importance(visual, features, valid)
+def slow_selection(visual, text, features, valid, threshold, share, budget=None, width=None, reach=0.0):
+    visual = slow_importance(slow_contrast(visual, valid, ATTENTION_POWER), features, valid)
     novelty = slow_novelty(visual, features, valid)
     novel = int((novelty[valid] > threshold * slow_mean_distance(features, valid)).sum())
     if budget is not None:  # one of them for the rest, as long as something is left over
@@ -56,7 +75,7 @@ def slow_selection(visual, text, features, valid, threshold, share, budget=None)
     kept = highest(visual * novelty, num_visual, valid)
     recovered = torch.zeros_like(kept)
     if text is not None:
-        text = slow_importance(text, features, valid)
+        text = slow_importance(slow_contrast(text, valid, RELEVANCE_POWER, width, reach), features, valid)
         novelty = slow_novelty(text.masked_fill(kept, float("inf")), features, valid)
         recovered = highest(text * novelty, num_text, valid & ~kept)
     return kept, recovered
@@ -78,6 +97,7 @@ def test_against_a_slow_version(seed, budget):
     valid = valid if seed % 2 else torch.ones_like(valid)
     text = text if seed % 3 else None
     threshold, share = 0.2 + 0.1 * (seed % 5), 0.25 * (seed % 4)
+    width, reach = (None, 5, 6)[seed % 3], 0.3 * (seed % 4)
     selection = select_tokens(
         visual,
         text,
@@ -85,13 +105,14 @@ def test_against_a_slow_version(seed, budget):
         features=features,
         novelty_threshold=threshold,
         text_share=share,
+        grid_width=width,
+        text_reach=reach,
         merge_centres=False,
         visual_token_budget=budget,
     )
     for row in range(len(visual)):
-        kept, recovered = slow_selection(
-            visual[row], None if text is None else text[row], features[row], valid[row], threshold, share, budget
-        )
+        of_row = visual[row], None if text is None else text[row], features[row], valid[row]
+        kept, recovered = slow_selection(*of_row, threshold, share, budget, width, reach)
         assert torch.equal(selection.kept_by_vision[row], kept)
         assert torch.equal(selection.recovered_by_text[row], recovered)
 
@@ -156,6 +177,23 @@ def test_text_recovers_what_vision_did_not_keep():
         visual, text, torch.tensor([False]), features=features, visual_token_budget=6, merge_centres=False
     )
     assert not without.kept_by_vision[0, 7] and without.num_text.item() == 0
+
+
+def test_what_stands_beside_a_relevant_patch_comes_with_it():
+    """A word under the object that the question names: unlike all else, and no more relevant than the background."""
+    _, _, features, _ = draw(4, batch=1, patches=36, channels=64)
+    visual, text = torch.rand(1, 36, generator=torch.Generator().manual_seed(0)), torch.full((1, 36), 0.1)
+    text[0, 14], text[0, 20] = 1.0, 0.05  # on a grid of 6 x 6, one above the other
+    visual[0, 14], visual[0, 20] = 0.0, 0.0
+    run = {"features": features, "visual_token_budget": 11, "merge_centres": False, "grid_width": 6, "text_share": 1.0}
+    around = [7, 8, 9, 13, 15, 19, 20, 21]
+    assert select_tokens(visual, text, **run).recovered_by_text[0, [14, *around]].all()
+    assert not select_tokens(visual, text, **run, text_reach=0.0).recovered_by_text[0, 20]
+    at_the_edge = select_tokens(visual, text.roll(-3, 1), **run)  # 14 is now 11, the last of its row
+    assert at_the_edge.recovered_by_text[0, [4, 5, 10, 11, 16, 17]].all()
+    assert not at_the_edge.recovered_by_text[0, [6, 12, 18]].all()
+    with pytest.raises(ValueError, match="grid_width must divide the number of patches .36., got 5"):
+        select_tokens(visual, text, **{**run, "grid_width": 5})
 
 
 def test_features_that_are_no_numbers_spoil_nothing_else():

@@ -24,9 +24,13 @@ import torch
 from .local_outlier_factor import local_outlier_factor
 
 
-# How fast likeness falls with distance, as a share of the image's mean distance between patches. Chosen on validation
-# data, where 0.015 to 0.06 answer alike (docs/ablations.md).
+# Chosen on validation data (docs/ablations.md). How fast likeness falls with distance, as a share of the image's mean
+# distance between patches:
 LIKENESS_WIDTH = 0.03
+# The power of each kind of score, counted from the image's lowest. Class attention, a softmax, falls off steeply and is
+# flattened; relevance, a cosine, hardly tells patches apart and is sharpened.
+ATTENTION_POWER = 0.5
+RELEVANCE_POWER = 1.5
 SMALLEST = 1e-6  # an added score, where all are equal; a mean distance, where there is none
 
 
@@ -63,8 +67,10 @@ def select_tokens(
     valid: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
     *,
-    novelty_threshold: float = 0.15,
-    text_share: float = 0.8,
+    grid_width: int | None = None,
+    novelty_threshold: float = 0.175,
+    text_share: float = 0.9,
+    text_reach: float = 0.8,
     visual_lof_neighbors: int = 20,
     text_lof_neighbors: int = 20,
     merge_lof_neighbors: int = 10,
@@ -80,7 +86,8 @@ def select_tokens(
     Without `features` this is the paper: outliers of the scores count, and the highest scores stay. With them, a
     patch's importance is its score and that of its near copies, for which its token will stand; and importance is
     weighed by novelty, the distance to the nearest more important patch, so that no second token is spent on a near
-    copy. The patches that are novel enough count.
+    copy. The patches that are novel enough count. What a question asks for often stands beside what it names, so
+    relevance reaches the patches around.
 
     Args:
         visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
@@ -88,8 +95,10 @@ def select_tokens(
         has_question: [B] bool; False leaves step 2 out for that image. None means all True.
         valid: [B, N] bool; False for patches that hold no picture (padding of tiled models). None means all True.
         features: [B, N, C] whose cosine distances tell how much two patches differ; None for the paper's selection.
+        grid_width: patches in a row of the image; None for patches without neighbours.
         novelty_threshold: with features, a patch counts when its novelty is above this share of the mean distance.
         text_share: with features, the share of the counted tokens that the question chooses.
+        text_reach: with features, the share of its relevance that a patch lends the eight around it.
         visual_lof_neighbors, text_lof_neighbors, merge_lof_neighbors: neighbours of the Local Outlier Factor.
         lof_threshold: a score is an outlier when its Local Outlier Factor is above this.
         merge_centres: merge left-over patches around centres, as many as their class attention has outliers.
@@ -101,9 +110,11 @@ def select_tokens(
             for; without centres the rest stays one token. Every image must have at least this many valid patches.
 
     Raises:
-        ValueError: if shapes disagree, or a budget or bound does not fit into N.
+        ValueError: if shapes disagree, or a budget, a bound or the width of a row does not fit into N.
     """
     num_patches = visual_scores.shape[-1]
+    if grid_width is not None and (grid_width < 1 or num_patches % grid_width):
+        raise ValueError(f"grid_width must divide the number of patches ({num_patches}), got {grid_width}.")
     for name, scores in {"text_scores": text_scores, "valid": valid}.items():
         if scores is not None and scores.shape != visual_scores.shape:
             raise ValueError(
@@ -126,7 +137,7 @@ def select_tokens(
     if features is not None:
         distance = _cosine_distance(features)  # [B, N, N]
         mean_distance = _mean_distance(distance, valid)  # [B]
-        scores = _importance(scores, distance, mean_distance, valid)
+        scores = _importance(_contrasted(scores, valid, grid_width, text_reach), distance, mean_distance)
     visual_scores, text_scores = scores[:, 0], None if text_scores is None else scores[:, 1]
     # By novelty, a budget alone says how many patches stay; only centres would have to be counted first.
     is_shared_at_once = features is not None and visual_token_budget is not None and not merge_centres
@@ -358,16 +369,29 @@ def _mean_distance(distance: torch.Tensor, valid: torch.Tensor | None) -> torch.
     return (total / weight.sum(1).square().clamp(min=1)).clamp(min=SMALLEST)
 
 
-def _importance(
-    scores: torch.Tensor, distance: torch.Tensor, mean_distance: torch.Tensor, valid: torch.Tensor | None
+def _contrasted(
+    scores: torch.Tensor, valid: torch.Tensor | None, grid_width: int | None, text_reach: float
 ) -> torch.Tensor:
+    """[B, kinds, N] above the lowest: class attention flattened, relevance sharpened and lent to those around."""
+    scores = scores - _lowest(scores, valid)
+    outside = None if valid is None else ~valid[:, None]
+    scores = scores if outside is None else scores.masked_fill(outside, 0)
+    contrasted = scores[:, :1] ** ATTENTION_POWER
+    if scores.shape[1] > 1:
+        text = scores[:, 1:] ** RELEVANCE_POWER
+        if grid_width is not None:
+            around = torch.nn.functional.max_pool2d(text.unflatten(2, (-1, grid_width)), 3, stride=1, padding=1)
+            text = torch.maximum(text, text_reach * around.flatten(2))
+        contrasted = torch.cat([contrasted, text], dim=1)
+    contrasted = contrasted + SMALLEST
+    return contrasted if outside is None else contrasted.masked_fill(outside, 0)
+
+
+def _importance(scores: torch.Tensor, distance: torch.Tensor, mean_distance: torch.Tensor) -> torch.Tensor:
     """[B, kinds, N] each score times the root of what its patch's likes score in all: one token will stand for them.
 
-    Scores count above the lowest valid one. A patch is wholly like its copies, and less with distance [B, N, N], of
-    which `mean_distance` [B] is the mean.
+    A patch is wholly like its copies, and less with distance [B, N, N], of which `mean_distance` [B] is the mean.
     """
-    scores = scores - _lowest(scores, valid) + SMALLEST
-    scores = scores if valid is None else scores.masked_fill(~valid[:, None], 0)
     likeness = torch.exp(distance / (-LIKENESS_WIDTH * mean_distance)[:, None, None])
     return scores * (scores @ likeness).sqrt()
 

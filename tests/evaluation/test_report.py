@@ -77,6 +77,8 @@ def test_table(tmp_path):
     assert rows[2].ahead_of_fixed.value == pytest.approx(difference)
     assert rows[2].ahead_of_fixed.low < difference < rows[2].ahead_of_fixed.high
     assert all(row.ahead_of_fixed is None for row in rows if row is not rows[2])
+    stricter = make_outcome("ours, threshold 0.3", adaptive.correct, None, tokens=20 + objects)
+    assert make_table(examples, [full, ours, stricter])[2].ahead_of_fixed == rows[2].ahead_of_fixed
     write_table(rows, {"model": "x"}, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["rows"][1]["retained"]["value"] == rows[1].retained.value
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 7
