@@ -49,17 +49,26 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
         ("same question", 4, each(plan.same_question, batch_sizes)),
         ("launches", 8, each(plan.launches, batch_sizes, plan.METHODS)),
         ("selector growth", 4, each(plan.selector_growth, batch_sizes)),
-        ("answers", 30, each(plan.answers, descending, ("stock", "adaptive"))),
+        ("answers", 40, each(plan.answers, descending[:1], ("stock", "adaptive"))),
     ]
     if with_compile:
         listed += [
             ("compiled, small batch", 100, each(plan.compiled, batch_sizes[:1], two)),
             ("compiled towers", 30, each(plan.compiled_towers, batch_sizes[:1])),
             ("compiled decode step", 60, each(plan.compiled_decode, batch_sizes[-1:], two)),
-            ("compiled", 100, each(plan.compiled, batch_sizes[-1:], two)),
+            ("compiled, large batch", 60, each(plan.compiled, batch_sizes[-1:], ("fixed",))),
+            ("stock compiled, large batch", 60, each(plan.compiled, batch_sizes[-1:], ("stock",))),
             ("switch", 120, each(plan.switched, batch_sizes[:1], two)),
         ]
     return listed
+
+
+def chosen(listed: list[tuple], names: list[str]) -> list[tuple]:
+    by_name = {step[0]: step for step in listed}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"--steps has {unknown}: choose among {list(by_name)} (compiled ones need --compile).")
+    return [by_name[name] for name in names]
 
 
 def main() -> None:
@@ -69,6 +78,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--budget", type=int, default=64, help="visual tokens of the fixed mode")
     parser.add_argument("--minutes", type=float, default=60.0, help="leave out what no longer fits")
+    parser.add_argument(
+        "--steps", nargs="+", metavar="STEP", help="only these, in this order, e.g. 'first token' eager"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also torch.compile, some minutes for the first shape")
     arguments = parser.parse_args()
@@ -101,6 +113,8 @@ def main() -> None:
             )
             print(f"{name} built after {time.monotonic() - started:.0f} s", flush=True)
             listed = steps(bench, tuple(arguments.batch_sizes), index == 0, arguments.compile)
+            if arguments.steps is not None:
+                listed = chosen(listed, arguments.steps)
             for title, estimate, cases in listed:
                 begin = time.monotonic()
                 if begin - started + (estimate if has_gpu else 0) > 60 * arguments.minutes:

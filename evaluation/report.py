@@ -37,6 +37,7 @@ class Row:
     mean_tokens: float
     retained: Interval  # mean over kinds of accuracy over accuracy with all tokens, single turns
     behind: Interval | None  # retained by the reference method at this budget minus retained here
+    behind_adaptive: Interval | None  # fixed: the same for the reference's adaptive run, where it uses no more tokens
     ahead_of_fixed: Interval | None  # adaptive: retained here minus by the same method with a fixed number, no smaller
     accuracy: dict[str, Interval]  # by kind
     retained_by_kind: dict[str, Interval]
@@ -73,25 +74,28 @@ def make_table(examples: list[Example], outcomes: list[Outcome], reference: str 
         mask = groups[group]
         return mean_over_kinds(100 * bootstraps[group].retained(outcome.correct[mask], everything.correct[mask]))
 
-    def least_fixed(outcome: Outcome) -> Outcome | None:
-        """The smallest fixed budget of the method that is at least what an adaptive outcome uses on average.
+    def least_fixed(outcome: Outcome, method: str) -> Outcome | None:
+        """The smallest fixed budget of a method that is at least what an adaptive outcome uses on average.
 
-        A method that cannot run with a budget, since it differs in the threshold alone, is compared with the method
+        For a method that cannot run with a budget, since it differs in the threshold alone, it is one of the method
         that its name begins with.
         """
         mean = outcome.num_tokens[single].mean()
         own, like = (
             [o for o in outcomes if o.method == name and o.budget is not None]
-            for name in (outcome.method, outcome.method.split(",")[0])
+            for name in (method, method.split(",")[0])
         )
         return min((o for o in own or like if o.budget >= mean), key=lambda o: o.budget or 0, default=None)
 
+    adaptive = next((o for o in outcomes if o.method == reference and o.budget is None), None)
     references = {o.budget: retained_over_kinds(o, "overall") for o in outcomes if o.method == reference}
     rows = []
     for outcome in outcomes:
         overall = retained_over_kinds(outcome, "overall")
         is_compared = outcome.budget in references and outcome.method not in (reference, ALL_TOKENS)
-        fixed = least_fixed(outcome) if outcome.budget is None and outcome.method != ALL_TOKENS else None
+        is_adaptive = outcome.budget is None and outcome.method != ALL_TOKENS
+        fixed = least_fixed(outcome, outcome.method) if is_adaptive else None
+        is_least = adaptive is not None and least_fixed(adaptive, outcome.method) is outcome
         accuracy, by_kind = {}, {}
         for name, bootstrap in bootstraps.items():
             mask = groups[name]
@@ -113,6 +117,7 @@ def make_table(examples: list[Example], outcomes: list[Outcome], reference: str 
                 mean_tokens=float(outcome.num_tokens[single].mean()),
                 retained=interval(overall),
                 behind=interval(references[outcome.budget] - overall) if is_compared else None,
+                behind_adaptive=interval(references[None] - overall) if is_least else None,
                 ahead_of_fixed=None if fixed is None else interval(overall - retained_over_kinds(fixed, "overall")),
                 accuracy=accuracy,
                 retained_by_kind=by_kind,
@@ -145,12 +150,15 @@ def write_table(rows: list[Row], facts: dict[str, Any], folder: Path) -> None:
 def markdown(rows: list[Row]) -> str:
     """The table for people: accuracy by kind in percent, retained with its interval."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.accuracy))
-    header = ["method", "budget", "tokens", "retained %", "ahead of it by", "ahead of fixed by", *kinds]
+    header = ["method", "budget", "tokens", "retained %", "ahead of it by", "adaptive ahead of it by"]
+    header += ["ahead of fixed by", *kinds]
     header += ["fidelity", "selector ms", "r(objects)"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [row.method, row.budget, f"{row.mean_tokens:.1f}", _bracketed(row.retained)]
-        cells += ["" if part is None else _bracketed(part) for part in (row.behind, row.ahead_of_fixed)]
+        cells += [
+            "" if part is None else _bracketed(part) for part in (row.behind, row.behind_adaptive, row.ahead_of_fixed)
+        ]
         cells += [f"{row.accuracy[kind].value:.1f}" if kind in row.accuracy else "" for kind in kinds]
         cells += [f"{row.fidelity:.1f}", f"{row.selector_milliseconds:.2f}"]
         cells.append("" if row.tokens_follow_objects is None else f"{row.tokens_follow_objects:.2f}")

@@ -48,6 +48,13 @@ def test_no_time_leaves_everything_out_but_still_reports(tmp_path, monkeypatch):
     assert "tiny: eager" in facts["left_out"]
 
 
+def test_steps_are_chosen_by_name_in_order():
+    listed = [("eager", 1, []), ("captured", 2, [])]
+    assert command.chosen(listed, ["captured", "eager"]) == listed[::-1]
+    with pytest.raises(ValueError, match=r"--steps has \['compiled'\]: choose among \['eager', 'captured'\]"):
+        command.chosen(listed, ["captured", "compiled"])
+
+
 def test_methods_share_weights_and_differ_in_length(bench):
     ours, stock, bound = bench.models.ours, bench.models.stock, bench.models.bound
     assert stock.model.language_model is ours.model.language_model is bound.model.language_model

@@ -77,6 +77,9 @@ def test_table(tmp_path):
     assert rows[2].ahead_of_fixed.value == pytest.approx(difference)
     assert rows[2].ahead_of_fixed.low < difference < rows[2].ahead_of_fixed.high
     assert all(row.ahead_of_fixed is None for row in rows if row is not rows[2])
+    assert rows[1].behind_adaptive == rows[2].ahead_of_fixed
+    assert rows[3].behind_adaptive.value == pytest.approx(rows[2].retained.value - rows[3].retained.value)
+    assert all(row.behind_adaptive is None for row in (rows[0], rows[2], rows[4], rows[5]))  # 24 is fewer, 64 too many
     stricter = make_outcome("ours, threshold 0.3", adaptive.correct, None, tokens=20 + objects)
     assert make_table(examples, [full, ours, stricter])[2].ahead_of_fixed == rows[2].ahead_of_fixed
     write_table(rows, {"model": "x"}, tmp_path)
