@@ -54,7 +54,6 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
     if with_compile:
         listed += [
             ("compiled, small batch", 100, each(plan.compiled, batch_sizes[:1], two)),
-            ("compiled towers", 30, each(plan.compiled_towers, batch_sizes[:1])),
             ("compiled decode step", 60, each(plan.compiled_decode, batch_sizes[-1:], two)),
             ("compiled, large batch", 60, each(plan.compiled, batch_sizes[-1:], ("fixed",))),
             ("stock compiled, large batch", 60, each(plan.compiled, batch_sizes[-1:], ("stock",))),

@@ -347,21 +347,6 @@ def compiled(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     torch._dynamo.reset()
 
 
-def compiled_towers(bench: Bench, batch_size: int) -> Iterator[Row]:
-    """Adaptive mode with both towers compiled, whose shapes do not depend on the image."""
-    model, inputs = bench.prepare("adaptive", batch_size)
-    base = model.model
-    bench.first_token(model, inputs)
-    base.get_vision_features = compile_whole(base.get_vision_features)
-    base.get_question_embeds = compile_whole(base.get_question_embeds)
-    try:
-        time = milliseconds(lambda: bench.first_token(model, inputs), 3 * bench.repeats, warm_up=4)
-        yield bench.row(batch_size, "adaptive", "towers compiled", "first_token_ms", time)
-    finally:
-        del base.get_vision_features, base.get_question_embeds
-        torch._dynamo.reset()
-
-
 def compiled_decode(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     """The decode step as transformers runs it on a static cache with room for 128 tokens more: compiled."""
     model, inputs = bench.prepare(method, batch_size)

@@ -11,7 +11,6 @@ NAMES = {
     ("stock", "eager"): "stock LLaVA",
     ("adaptive", "eager"): "ours, adaptive",
     ("adaptive, even", "eager"): "ours, adaptive, even batch",
-    ("adaptive", "towers compiled"): "ours, adaptive, towers compiled",
     ("fixed", "eager"): "ours, fixed",
     ("bound", "eager"): "bound (58 tokens for free)",
     ("stock", "captured"): "stock LLaVA, captured",
@@ -69,8 +68,6 @@ def bars(results: Results, shape: str) -> list[tuple[str, float | None, str, boo
         listed.append((f"first token, adaptive against stock, both eager, B = {batch}", value, ">=", bar))
     value = ratio(first(32, "stock"), first(32, "adaptive, even"))
     listed.append(("first token, adaptive against stock, both eager, every image as long, B = 32", value, ">=", 3.7))
-    value = ratio(first(1, "stock"), first(1, "adaptive", "towers compiled"))
-    listed.append(("first token, adaptive with compiled towers against stock eager, B = 1", value, ">=", 1.0))
     for batch, bar in ((32, 4.0), (8, 3.8), (1, 5.0)):
         value = ratio(first(batch, "stock"), fastest(batch))
         listed.append((f"first token, fixed captured or compiled against stock eager, B = {batch}", value, ">=", bar))

@@ -178,6 +178,7 @@ def draw_curves(rows: list[Row], file: Path) -> None:
         mine = sorted((row for row in drawn if row.method == method), key=lambda row: row.mean_tokens)
         fixed = [row for row in mine if row.budget != "adaptive"]
         style = {"color": colors(number % 20), "linewidth": 2.5 if number == 0 else 1.2}
+        style |= {"linestyle": "-" if number < 20 else "--"}  # there are 20 colors
         if fixed:
             tokens = [row.mean_tokens for row in fixed]
             axes.plot(tokens, [row.retained.value for row in fixed], marker="o", markersize=4, label=method, **style)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from recoverable_llava.token_recovery import (
     ATTENTION_POWER,
     LIKENESS_WIDTH,
+    OWN_RELEVANCE,
     RELEVANCE_POWER,
     SMALLEST,
     select_tokens,
@@ -36,7 +37,8 @@ def slow_contrast(scores, valid, power, width=None, reach=0.0):
             is_beside = width and abs(i // width - j // width) <= 1 and abs(i % width - j % width) <= 1
             if is_beside and valid[i]:
                 result[i] = max(result[i], reach * given[j])
-    return torch.tensor(result, dtype=torch.double)
+    own = OWN_RELEVANCE if width else 0.0
+    return torch.tensor([r + own * g for r, g in zip(result, given)], dtype=torch.double)
 
 
 def slow_importance(scores, features, valid):
@@ -194,6 +196,17 @@ def test_what_stands_beside_a_relevant_patch_comes_with_it():
     assert not at_the_edge.recovered_by_text[0, [6, 12, 18]].all()
     with pytest.raises(ValueError, match="grid_width must divide the number of patches .36., got 5"):
         select_tokens(visual, text, **{**run, "grid_width": 5})
+
+
+def test_patches_around_one_peak_are_told_apart_by_their_own_relevance():
+    """Rounding must not decide which of the eight comes first, where none of them has likes."""
+    visual, text = torch.full((1, 36), 0.5), torch.zeros(1, 36)
+    text[0, 14], text[0, 21], text[0, 9] = 1.0, 0.2, 0.1
+    run = {"features": torch.eye(36)[None], "grid_width": 6, "text_share": 1.0, "merge_centres": False}
+    for noise in (0.0, 1e-6, -1e-6):
+        noisy = text + noise * torch.rand(1, 36, generator=torch.Generator().manual_seed(0))
+        recovered = select_tokens(visual, noisy, **run, visual_token_budget=4).recovered_by_text[0]
+        assert recovered.nonzero().flatten().tolist() == [9, 14, 21]
 
 
 def test_features_that_are_no_numbers_spoil_nothing_else():

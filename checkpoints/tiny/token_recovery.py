@@ -31,6 +31,7 @@ LIKENESS_WIDTH = 0.03
 # flattened; relevance, a cosine, hardly tells patches apart and is sharpened.
 ATTENTION_POWER = 0.5
 RELEVANCE_POWER = 1.5
+OWN_RELEVANCE = 1e-3  # of a patch, added to what is lent to it
 SMALLEST = 1e-6  # an added score, where all are equal; a mean distance, where there is none
 
 
@@ -381,7 +382,8 @@ def _contrasted(
         text = scores[:, 1:] ** RELEVANCE_POWER
         if grid_width is not None:
             around = torch.nn.functional.max_pool2d(text.unflatten(2, (-1, grid_width)), 3, stride=1, padding=1)
-            text = torch.maximum(text, text_reach * around.flatten(2))
+            # Its own relevance tells apart the patches to which the same one lends.
+            text = torch.maximum(text, text_reach * around.flatten(2)).add(text, alpha=OWN_RELEVANCE)
         contrasted = torch.cat([contrasted, text], dim=1)
     contrasted = contrasted + SMALLEST
     return contrasted if outside is None else contrasted.masked_fill(outside, 0)

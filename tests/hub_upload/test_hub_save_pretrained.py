@@ -41,10 +41,14 @@ with torch.no_grad():
     processor.save_pretrained(TARGET)
     again, (_, same_inputs) = load(TARGET), inputs_of(TARGET)
     assert all(torch.equal(inputs[name], same_inputs[name]) for name in inputs)
-    reloaded = again(**same_inputs).logits
+    reloaded, saved = again(**same_inputs).logits, merged.state_dict()
 print("\\n" + json.dumps({
     "adapter changes": not torch.equal(before, after),
-    "reloads equal": torch.equal(after, reloaded),
+    "same weights": saved.keys() == again.state_dict().keys() and all(
+        torch.equal(saved[name], weight) for name, weight in again.state_dict().items()
+    ),
+    # Some processors' kernels round by where in memory a weight lies.
+    "reloads equal": torch.allclose(after, reloaded, rtol=0, atol=1e-5),
     "remote": type(again).__module__.startswith("transformers_modules."),
 }))
 """
@@ -60,7 +64,8 @@ def test_lora_merged_model_saves_whole_and_reloads_equal(built, tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == {"adapter changes": True, "reloads equal": True, "remote": True}
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found == {"adapter changes": True, "same weights": True, "reloads equal": True, "remote": True}
     for name in executed_files(built):
         assert (built / name).read_bytes() == (target / name).read_bytes(), name
     assert set(read_json(target / "config.json")["auto_map"]) == set(read_json(built / "config.json")["auto_map"])
