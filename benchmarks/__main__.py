@@ -30,22 +30,21 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
             partial(measure, bench, batch, *method) for batch in batches for method in ([(m,) for m in methods] or [()])
         ]
 
-    whole = [
-        ("first token", 12, each(plan.first_tokens, descending)),
-        ("eager", 20, each(plan.eager, descending, plan.METHODS)),
-        ("captured", 25, each(plan.captured, descending, two)),
-        ("largest batch", 40, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed"))),
-    ]
+    first_token = ("first token", 12, each(plan.first_tokens, descending))
+    eager = ("eager", 20, each(plan.eager, descending, plan.METHODS))
+    largest_batch = ("largest batch", 40, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed")))
     if not thorough:
         # Two caches and the graph's own memory of a larger stock model and batch do not fit into 80 GB.
-        return [*whole[:2], ("captured", 15, each(plan.captured, descending[1:], two)), whole[3]]
+        return [first_token, eager, ("captured", 15, each(plan.captured, descending[1:], two)), largest_batch]
     listed = [
         ("selector", 3, each(plan.selector, batch_sizes)),
-        *whole[:3],
+        first_token,
+        eager,
+        ("captured", 25, each(plan.captured, descending, two)),
         ("released step", 3, [partial(plan.released_step, bench)]),
         ("even batch", 4, each(plan.even_batch, batch_sizes)),
         ("towers", 4, each(plan.towers, batch_sizes)),
-        whole[3],
+        largest_batch,
         ("same question", 4, each(plan.same_question, batch_sizes)),
         ("launches", 8, each(plan.launches, batch_sizes, plan.METHODS)),
         ("selector growth", 4, each(plan.selector_growth, batch_sizes)),

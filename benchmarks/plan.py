@@ -69,6 +69,12 @@ class Bench:
         outputs = language_model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
         return head(outputs.last_hidden_state[:, -1:]).argmax(-1), outputs.past_key_values
 
+    def static_cache(self, model: Any, batch_size: int, length: int) -> StaticCache:
+        """A cache that holds a prompt of `length` and has room for `NEW_TOKENS` more."""
+        cache = StaticCache(config=model.config.text_config, max_cache_len=length + NEW_TOKENS)
+        self.prefill(self.random_embeds(batch_size, length), None, cache)
+        return cache
+
     def random_embeds(self, batch_size: int, length: int) -> torch.Tensor:
         return 0.02 * torch.randn(batch_size, length, self.shape.hidden_size, device=self.device, dtype=self.dtype)
 
@@ -251,8 +257,7 @@ def captured(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
     yield bench.row(batch_size, method, "captured", "first_token_ms", time)
     token, cache = first.result
     length = cache.get_seq_length()
-    static = StaticCache(config=model.config.text_config, max_cache_len=length + NEW_TOKENS)
-    bench.prefill(bench.random_embeds(batch_size, length), None, static)
+    static = bench.static_cache(model, batch_size, length)
     embed = model.get_input_embeddings()
 
     def keep_prompt() -> None:
@@ -351,8 +356,7 @@ def compiled_decode(bench: Bench, batch_size: int, method: str) -> Iterator[Row]
     """The decode step as transformers runs it on a static cache with room for 128 tokens more: compiled."""
     model, inputs = bench.prepare(method, batch_size)
     length = bench.first_token(model, inputs)[1].get_seq_length()
-    static = StaticCache(config=model.config.text_config, max_cache_len=length + NEW_TOKENS)
-    bench.prefill(bench.random_embeds(batch_size, length), None, static)
+    static = bench.static_cache(model, batch_size, length)
     step = bench.random_embeds(batch_size, 1)
     decode = compile_whole(lambda: bench.prefill(step, None, static)[0])
     time = milliseconds(decode, 4 * bench.repeats, warm_up=4)

@@ -30,7 +30,6 @@ from recoverable_llava.token_recovery import (
 )
 
 
-THRESHOLD = RecoverableLlavaConfig.novelty_threshold
 ATTENTIONS: dict[str, Callable[[Evidence], torch.Tensor]] = {
     "last layer": lambda evidence: evidence.class_attention,
     "layer before": lambda evidence: evidence.previous_class_attention,
@@ -121,15 +120,15 @@ def distinct(
     attention: str = "last layer",
     relevance: str = "value",
     features: str = "projected",
-    text_share: float = 0.9,
-    reach: float = 0.8,
+    text_share: float = RecoverableLlavaConfig.text_share,
+    reach: float = RecoverableLlavaConfig.text_reach,
     attention_power: float = ATTENTION_POWER,
     relevance_power: float = RELEVANCE_POWER,
     in_two_steps: bool = True,
     is_diverse: bool = True,
     width: float | None = LIKENESS_WIDTH,
     power: float = 0.5,
-    threshold: float = THRESHOLD,
+    threshold: float = RecoverableLlavaConfig.novelty_threshold,
 ) -> Assembly:
     """Patches by importance times distance to the nearest more important patch (density peaks).
 
