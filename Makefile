@@ -17,14 +17,14 @@ test: $(VENV)/.installed-app
 
 # All that touches transformers runs on the lowest version that pyproject declares, and the model on one in between, too.
 test-lowest: $(VENV)-5.12.0/.installed
-	$(VENV)-5.12.0/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/hub_upload
+	$(VENV)-5.12.0/bin/python -m pytest -n auto --dist loadfile tests/recoverable_llava tests/hub_upload
 
 test-between: $(VENV)-5.17.0/.installed
-	$(VENV)-5.17.0/bin/python -m pytest -n auto --dist loadfile tests/test_vision_features.py tests/test_combine.py \
-		tests/test_forward.py tests/test_generation.py tests/test_configuration.py
+	$(VENV)-5.17.0/bin/python -m pytest -n auto --dist loadfile tests/recoverable_llava/tools/test_combine.py \
+		$(addprefix tests/recoverable_llava/test_,vision_features.py forward.py generation.py configuration.py)
 
 quick: $(VENV)/.installed
-	$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/test_*.py
+	$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/recoverable_llava
 
 quality: $(VENV)/.installed
 	$(PYTHON) -m ruff check .

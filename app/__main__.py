@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from app.interface import LARGEST_UPLOAD, build_interface
-from recoverable_llava.asking import load
-from recoverable_llava.command_line import EMBEDDED_CHECKPOINT
+from recoverable_llava.tools.asking import load
+from recoverable_llava.tools.command_line import EMBEDDED_CHECKPOINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

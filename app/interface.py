@@ -10,9 +10,17 @@ from typing import Any
 
 import gradio as gr
 
-from recoverable_llava.asking import Answer, ask, assistant_turn, open_picture, recover, recovery_settings, user_turn
 from recoverable_llava.configuration_recoverable_llava import PRESETS
-from recoverable_llava.visualize import draw_recovery
+from recoverable_llava.tools.asking import (
+    Answer,
+    ask,
+    assistant_turn,
+    open_picture,
+    recover,
+    recovery_settings,
+    user_turn,
+)
+from recoverable_llava.tools.visualize import draw_recovery
 
 
 SCENES = Path(__file__).parent / "scenes"
@@ -27,7 +35,7 @@ EXAMPLES = [
 
 
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
-    """The app around a model and its processor, as `recoverable_llava.asking.load` returns them."""
+    """The app around a model and its processor, as `recoverable_llava.tools.asking.load` returns them."""
     num_patches, config = model.config.num_patches, model.config
     own_preset = "default" if config.diversity else "paper"
     # The first call is slower than all others, and would be held against the compressed answer.

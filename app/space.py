@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gradio
 
-from recoverable_llava.command_line import EMBEDDED_CHECKPOINT
+from recoverable_llava.tools.command_line import EMBEDDED_CHECKPOINT
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from demo.scene import ANSWERS, PICTURE
-from recoverable_llava.visualize import draw_questions
+from recoverable_llava.tools.visualize import draw_questions
 
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"

@@ -5,7 +5,7 @@ import sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recoverable_llava.visualize import draw_questions
+from recoverable_llava.tools.visualize import draw_questions
 
 
 repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"

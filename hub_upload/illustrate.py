@@ -16,7 +16,7 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
 
     from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
     from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
-    from recoverable_llava.visualize import draw_recovery
+    from recoverable_llava.tools.visualize import draw_recovery
 
     folder = Path(folder)
     if not (folder / PROVENANCE).is_file():

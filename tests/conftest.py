@@ -13,7 +13,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
-from recoverable_llava.combine import combine  # noqa: E402
+from recoverable_llava.tools.combine import combine  # noqa: E402
 
 
 torch.set_num_threads(1)

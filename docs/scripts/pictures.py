@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from recoverable_llava.asking import ask, load, open_picture, user_turn
-from recoverable_llava.visualize import draw_questions, draw_recovery, seen_square
+from recoverable_llava.tools.asking import ask, load, open_picture, user_turn
+from recoverable_llava.tools.visualize import draw_questions, draw_recovery, seen_square
 
 
 ROOT = Path(__file__).parents[2]

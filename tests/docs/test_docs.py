@@ -16,7 +16,7 @@ import pytest
 from transformers import LlavaConfig, dynamic_module_utils
 
 from recoverable_llava import RecoverableLlavaConfig
-from recoverable_llava.command_line import main
+from recoverable_llava.tools.command_line import main
 
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_every_added_field_is_in_the_reference():
 
 
 def test_troubleshooting_quotes_real_messages():
-    sources = [*(ROOT / "recoverable_llava").glob("*.py"), Path(dynamic_module_utils.__file__)]
+    sources = [*(ROOT / "recoverable_llava").rglob("*.py"), Path(dynamic_module_utils.__file__)]
     constants = []
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_peers import PATCHES, make_evidence, row_of
+from random_evidence import PATCHES, make_evidence, row_of
 
 from evaluation.ablations import ABLATIONS, distinct, recovery, to_more_important
 from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_runner import questions_file, setting  # noqa: F401
 
 from evaluation.conversations import answer_on_returned_cache, main
 from evaluation.methods import METHODS
@@ -11,7 +10,7 @@ from evaluation.report import ALL_TOKENS
 from evaluation.runner import Run
 
 
-def test_with_all_tokens_cache_and_history_agree(setting):  # noqa: F811
+def test_with_all_tokens_cache_and_history_agree(setting):
     model, processor, images, examples = setting
     second = next(example for example in examples if example.history)
     names = {ALL_TOKENS: None, "ours": 5, "random": 5}
@@ -24,7 +23,7 @@ def test_with_all_tokens_cache_and_history_agree(setting):  # noqa: F811
         answer_on_returned_cache(model, processor, images, examples[0], runs)
 
 
-def test_command(repo_folder, questions_file, tmp_path, capsys):  # noqa: F811
+def test_command(repo_folder, questions_file, tmp_path, capsys):
     file = tmp_path / "conversations.json"
     places = ["--model", repo_folder, "--data", str(questions_file), "--output", str(file), "--device", "cpu"]
     main([*places, "--methods", "ours", "class attention", "--budget", "6"])

@@ -7,43 +7,18 @@ import pytest
 import torch
 
 from evaluation.__main__ import main
-from evaluation.compared_model import ComparedLlava, configured, gather_evidence
+from evaluation.compared_model import configured, gather_evidence
 from evaluation.examples import Example, load_examples
 from evaluation.methods import METHODS, Method, find_methods
 from evaluation.report import ALL_TOKENS
 from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
-from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor
+from recoverable_llava import RecoverableLlavaForConditionalGeneration
 
 
-QUESTIONS = ["what is this ?", "how many dog are there ?", "where is the cat ?", "describe the red picture please"]
 # The tiny tower has 36 patches.
 BUDGETS = [9, 4]
 # Random patches differ widely: only a high threshold leaves some out.
 STRICT = {"novelty_threshold": 0.9}
-
-
-@pytest.fixture(scope="module")
-def questions_file(tmp_path_factory, pictures):
-    folder = tmp_path_factory.mktemp("questions")
-    lines = []
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number}.png")
-        for question in QUESTIONS[: 2 + number % 2]:
-            text = {"question": f"{number} {question}", "answer": "a cat", "kind": question[:3]}
-            lines.append({"image": f"{number}.png", **text})
-    lines.append(
-        {"image": "3.png", "question": "why ?", "answer": "no", "kind": "second turn", "history": [["what ?", "dog"]]}
-    )
-    file = folder / "questions.jsonl"
-    file.write_text("\n".join(json.dumps(line) for line in lines))
-    return file
-
-
-@pytest.fixture(scope="module")
-def setting(repo_folder, questions_file):
-    images, examples = load_examples(str(questions_file), "test", 10)
-    processor = RecoverableLlavaProcessor.from_pretrained(repo_folder)
-    return ComparedLlava.from_pretrained(repo_folder).eval(), processor, images, examples
 
 
 def test_every_method_answers_and_meets_its_budget(setting):

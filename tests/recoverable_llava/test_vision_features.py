@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, LlavaForConditionalGeneration
 
-from recoverable_llava.combine import combine
+from recoverable_llava.tools.combine import combine
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import tiny
 import torch
 from PIL import Image
 
-from recoverable_llava.visualize import (
+from recoverable_llava.tools.visualize import (
     MERGED_COLOR,
     TEXT_COLOR,
     VISION_COLOR,

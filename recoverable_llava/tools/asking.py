@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoProcessor
 
-from .configuration_recoverable_llava import PRESETS, RecoverableLlavaConfig
-from .modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovery
+from recoverable_llava.configuration_recoverable_llava import PRESETS, RecoverableLlavaConfig
+from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovery
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from batches import GREEDY, PROMPTS, answers, batch_of, row_of, without_question
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -15,42 +16,6 @@ from transformers import (
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
-
-
-GREEDY = {"do_sample": False, "max_new_tokens": 6}
-PROMPTS = [
-    "USER: <image>\nwhat is the colour of the cat ? ASSISTANT:",
-    "USER: <image>\nhow many dog are there in this picture please tell me ? ASSISTANT:",
-    "USER: <image>\nwhy ? ASSISTANT:",
-]
-
-
-def batch_of(processor, pictures, prompts=None, **kwargs):
-    prompts = PROMPTS if prompts is None else prompts
-    images, picture = [], iter(pictures * 3)
-    for prompt in prompts:
-        images.append([next(picture) for _ in range(prompt.count("<image>"))])
-    if not any(images):
-        images = None
-    return processor(images=images, text=prompts, padding=True, return_tensors="pt", **kwargs)
-
-
-def answers(model, inputs, **settings):
-    """The new tokens alone."""
-    sequences = model.generate(**inputs, **{**GREEDY, **settings})
-    if not isinstance(sequences, torch.Tensor):
-        sequences = sequences.sequences
-    return sequences[:, inputs["input_ids"].shape[1] :]
-
-
-def row_of(processor, pictures, prompts, index):
-    first = sum(prompt.count("<image>") for prompt in prompts[:index])
-    images = (pictures * 3)[first : first + prompts[index].count("<image>")]
-    return processor(images=[images] if images else None, text=[prompts[index]], return_tensors="pt")
-
-
-def without_question(inputs):
-    return {name: value for name, value in inputs.items() if "question" not in name}
 
 
 def assert_batch_equals_rows(model, processor, pictures, prompts, **settings):

@@ -11,7 +11,7 @@ from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditi
 from training.examples import scene_examples
 
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
 
 
 @pytest.fixture(scope="module")

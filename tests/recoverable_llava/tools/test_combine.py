@@ -22,7 +22,7 @@ from recoverable_llava import (
     RecoverableLlavaModel,
     RecoverableLlavaProcessor,
 )
-from recoverable_llava.combine import combine
+from recoverable_llava.tools.combine import combine
 
 
 def assert_complete(info):

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from test_generation import GREEDY, PROMPTS, batch_of
+from batches import GREEDY, PROMPTS, batch_of
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
-from .configuration_recoverable_llava import RecoverableLlavaConfig
-from .modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
-from .processing_recoverable_llava import RecoverableLlavaProcessor
+from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
+from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
 
 
 def combine(

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from test_generation import GREEDY, PROMPTS, batch_of, row_of, without_question
+from batches import GREEDY, PROMPTS, batch_of, row_of, without_question
 from tiny import LANGUAGE_MODELS, NUM_PATCHES, RECOVERY, save_tiny_llava
 from transformers import DynamicCache
 
-from recoverable_llava.combine import combine
+from recoverable_llava.tools.combine import combine
 
 
 def assert_rows_equal(model, processor, pictures, prompts, **options):

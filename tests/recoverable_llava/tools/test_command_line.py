@@ -12,8 +12,8 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from recoverable_llava import asking
-from recoverable_llava.command_line import main
+from recoverable_llava.tools import asking
+from recoverable_llava.tools.command_line import main
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_repository_that_the_hub_does_not_have(picture, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "recoverable_llava.command_line",
+        "recoverable_llava.tools.command_line",
         "ask",
         picture,
         "why?",
