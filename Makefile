@@ -1,10 +1,11 @@
 # Every target sets up what it needs: `make demo` and `make test` are all a newcomer runs.
 VENV ?= .venv
+PORT ?= 8000
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo app test test-lowest test-between quick quality bench docs pictures checkpoint-code clean
+.PHONY: demo app test test-lowest test-between test-vllm serve quick quality bench docs pictures checkpoint-code clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=2 $(PYTHON) -m demo
@@ -22,6 +23,14 @@ test-lowest: $(VENV)-5.12.0/.installed
 test-between: $(VENV)-5.17.0/.installed
 	$(VENV)-5.17.0/bin/python -m pytest -n auto --dist loadfile tests/recoverable_llava/tools/test_combine.py \
 		$(addprefix tests/recoverable_llava/test_,vision_features.py forward.py generation.py configuration.py)
+
+# vLLM in an environment of its own, as it decides the version of transformers.
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
+
+# An OpenAI server of the embedded checkpoint on this machine's CPU. (`vllm serve` crashes in the CPU build 0.32.0.)
+serve: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m vllm.entrypoints.launchers.api_server.entry --config vllm_plugin/cpu_server.yaml --port $(PORT)
 
 quick: $(VENV)/.installed
 	$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/recoverable_llava
@@ -48,6 +57,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-app: $(VENV)/.installed
 	$(PYTHON) -m pip install -q -c constraints.txt -e ".[demo,docs]"
+	touch $@
+
+# The CPU build of torch is in PyTorch's index alone.
+$(VENV)-vllm/.installed: pyproject.toml requirements-vllm.txt
+	python3 -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
+		$$(grep ^torch== requirements-vllm.txt)
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)-%/.installed: pyproject.toml constraints.txt

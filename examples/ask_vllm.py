@@ -1,0 +1,62 @@
+"""Ask a vLLM server several questions about a picture at once, with OpenAI's client.
+
+    make serve                                # in one terminal: the embedded checkpoint on this machine's CPU
+    python examples/ask_vllm.py               # in another
+
+The request is an ordinary one: the plugin finds the question in it. See docs/vllm.md.
+"""
+
+import argparse
+import asyncio
+import base64
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from tqdm.asyncio import tqdm
+
+
+QUESTIONS = [
+    "What word is under the lemon?",
+    "What color is the plate of the penguin?",
+    "Where is the cactus?",
+    "How many pictures of a whale are there?",
+    "Is there an airplane in the picture?",
+]
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", default=QUESTIONS, help="by default five about demo/scene.png")
+    parser.add_argument("--picture", type=Path, default=Path("demo/scene.png"))
+    parser.add_argument("--server", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--budget", type=int, help="visual tokens; the server must run with --trust-request-mm-kwargs")
+    options = parser.parse_args()
+
+    client = AsyncOpenAI(base_url=options.server, api_key="none")
+    model = (await client.models.list()).data[0].id
+    picture = base64.b64encode(options.picture.read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    extra = {} if options.budget is None else {"mm_processor_kwargs": {"visual_token_budget": options.budget}}
+
+    async def ask(question: str) -> str:
+        stream = await client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+            temperature=0,
+            max_tokens=64,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=extra,
+        )
+        answer, prompt_tokens = "", 0
+        async for chunk in stream:  # as the tokens come
+            answer += "".join(choice.delta.content or "" for choice in chunk.choices)
+            prompt_tokens = chunk.usage.prompt_tokens if chunk.usage else prompt_tokens
+        return f"{question}  {answer.strip()}  ({prompt_tokens} prompt tokens)"
+
+    answers = await tqdm.gather(*map(ask, options.questions), desc="questions")
+    print("\n".join(answers))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,238 @@
+"""The server of `make serve`, asked over HTTP: many clients at once, bad requests, clients that hang up."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from PIL import Image
+from reference import MAX_TOKENS, Generated, Reference
+
+from demo.scene import ANSWERS, PICTURE
+from training.examples import scene_examples
+from vllm_plugin.image_embeds import ImageEmbedder, image_embeds_part
+
+
+TOLERANCE = 1e-5
+ROOT = Path(__file__).parents[2]
+# The server is on this machine, whatever proxy the environment names.
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Server:
+    """A server process of `vllm_plugin/cpu_server.yaml` with its log, and a client."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.log = folder / "log"
+        module = "vllm.entrypoints.launchers.api_server.entry"
+        config = ["--config", "vllm_plugin/cpu_server.yaml", "--port", str(port)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *config, *arguments],
+                cwd=ROOT,
+                env=os.environ | {"VLLM_LOGGING_LEVEL": "DEBUG", "NO_PROXY": "127.0.0.1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 240
+        while not self.is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                pytest.fail(f"the server did not start:\n{self.log.read_text()[-5000:]}")
+            time.sleep(0.5)
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+        self.model = self.client.models.list().data[0].id
+
+    def is_healthy(self) -> bool:
+        try:
+            return direct.open(f"{self.address}/health", timeout=10).status == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def tower_passes(self) -> int:
+        return self.log.read_text().count("The vision tower encodes")
+
+    def ask(self, messages, **options) -> Generated:
+        """The greedy answer to a chat. The end token is not among the tokens that the server tells."""
+        extra = options.pop("extra_body", {}) | {"return_tokens_as_token_ids": True}
+        answer = self.client.chat.completions.create(
+            model=self.model,
+            messages=messages,
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            logprobs=True,
+            extra_body=extra,
+            **options,
+        )
+        tokens = answer.choices[0].logprobs.content
+        return Generated([int(token.token.split(":")[1]) for token in tokens], [token.logprob for token in tokens])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return Reference()
+
+
+def url_part(image: Image.Image) -> dict:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def user(*parts) -> list[dict]:
+    """One turn; a text, or an image in whatever form."""
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+def for_transformers(image: Image.Image) -> dict:
+    return {"type": "image", "image": image}
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Image.open(PICTURE).convert("RGB")
+
+
+def test_eight_clients_ask_sixty_questions_about_one_image(server, reference, scene):
+    questions = [*ANSWERS, *dict.fromkeys(example.question for example in scene_examples("test", 104))][:60]
+    expected = [reference.chat(user(for_transformers(scene), question), [scene], 64) for question in questions]
+    picture = url_part(scene)
+    passes = server.tower_passes()
+    with ThreadPoolExecutor(8) as clients:
+        for _ in range(2):
+            got = list(clients.map(lambda question: server.ask(user(picture, question)), questions))
+            assert max(one.difference(two) for one, two in zip(got, expected)) < TOLERANCE
+            # The first time once for all; the second time not at all.
+            assert server.tower_passes() == passes + 1
+
+
+def test_chats_of_every_form_answer_as_transformers_does(server, reference, scene):
+    other = next(scene_examples("test", 1)).image()
+    first, second = list(ANSWERS)[:2]
+    forms = {
+        "question before image": lambda part: user(first, part(scene)),
+        "two images, one question": lambda part: user(part(scene), part(other), first),
+        "system prompt": lambda part: [{"role": "system", "content": "Answer briefly."}, *user(part(scene), first)],
+        "two turns": lambda part: [
+            *user(part(scene), first),
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[first]}]},
+            *user(second),
+        ],
+        "an image in each turn": lambda part: [
+            *user(part(scene), first),
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[first]}]},
+            *user(part(other), second),
+        ],
+        "no question": lambda part: user(part(scene)),
+    }
+    images = {"two images, one question": [scene, other], "an image in each turn": [scene, other]}
+    for name, form in forms.items():
+        expected = reference.chat(form(for_transformers), images.get(name, [scene]), 64)
+        assert server.ask(form(url_part)).difference(expected) < TOLERANCE, name
+
+
+def test_a_chat_without_an_image_is_stock(server, reference):
+    """Which is to say without the start token, which vLLM leaves to chat templates."""
+    question = "What color is the sky?"
+    answer = server.ask(user(question))
+    assert answer.difference(reference.text(f"USER: {question} ASSISTANT:", add_special_tokens=False)) < TOLERANCE
+
+
+def test_a_budget_for_one_request(server, reference, scene):
+    question = next(iter(ANSWERS))
+    for budget in (16, 33):
+        got = server.ask(user(url_part(scene), question), extra_body={"mm_processor_kwargs": {"visual_token_budget": budget}})
+        assert got.difference(reference.chat(user(for_transformers(scene), question), [scene], budget)) < TOLERANCE
+
+
+def test_visual_tokens_of_a_client(server, reference, scene):
+    embedder = ImageEmbedder(server.model, dtype="float32")
+    for question in list(ANSWERS)[:2]:
+        expected = reference.chat(user(for_transformers(scene), question), [scene], None)
+        got = server.ask(user(image_embeds_part(embedder(scene, question)), question))
+        assert got.difference(expected) < TOLERANCE
+
+
+def test_bad_requests_are_refused_and_the_server_goes_on(server, reference, scene):
+    question = next(iter(ANSWERS))
+    good = user(url_part(scene), question)
+    expected = reference.chat(user(for_transformers(scene), question), [scene], 64)
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"none").decode()}}
+    cut = url_part(scene)["image_url"]["url"][:2000]
+
+    def budget(value):
+        return {"extra_body": {"mm_processor_kwargs": {"visual_token_budget": value}}}
+
+    requests = {
+        "no image at all": (user(broken, question), {}),
+        "half an image": (user({"type": "image_url", "image_url": {"url": cut}}, question), {}),
+        "5,000 x 1 pixels": (user(url_part(Image.new("RGB", (5000, 1))), question), {}),
+        "more images than allowed": (user(*[url_part(scene)] * 5, question), {}),
+        "budget 0": (good, budget(0)),
+        "budget 1,000,000": (good, budget(1_000_000)),
+        "budget as text": (good, budget("many")),
+        "unknown option": (good, {"extra_body": {"mm_processor_kwargs": {"budget": 58}}}),
+        "prompt too long": (user(url_part(scene), "What? " * 3000), {}),
+        "visual tokens of another size": (user(image_embeds_part(torch.zeros(4, 3)), question), {}),
+    }
+    for name, (messages, options) in requests.items():
+        with pytest.raises(openai.APIStatusError) as refusal:
+            server.ask(messages, **options)
+        assert 400 <= refusal.value.status_code < 500, name
+        assert server.ask(good).difference(expected) < TOLERANCE, name
+
+
+def test_a_client_that_hangs_up(server, reference, scene):
+    question = next(iter(ANSWERS))
+    good = user(url_part(scene), question)
+    for _ in range(3):
+        stream = server.client.chat.completions.create(
+            model=server.model, messages=good, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+    expected = reference.chat(user(for_transformers(scene), question), [scene], 64)
+    assert server.ask(good).difference(expected) < TOLERANCE
+
+
+def test_fifty_requests_at_once(server, reference):
+    examples = list(scene_examples("test", 50))
+    images = [example.image() for example in examples]
+    with ThreadPoolExecutor(50) as clients:
+        requests = [user(url_part(image), example.question) for image, example in zip(images, examples)]
+        got = list(clients.map(server.ask, requests))
+    for answer, image, example in zip(got, images, examples):
+        expected = reference.chat(user(for_transformers(image), example.question), [image], 64)
+        assert answer.difference(expected) < TOLERANCE

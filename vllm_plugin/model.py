@@ -1,0 +1,166 @@
+"""Recoverable LLaVA in vLLM: our towers and recovery, vLLM's language model.
+
+The vision half is `RecoverableLlavaVisionModel`, the same code that transformers runs, whole on every rank. The language
+model is whatever vLLM has for `config.text_config`. It never sees a surplus placeholder: prompts arrive with as many of
+them as each image has tokens.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from recoverable_llava import VisionFeatures
+
+from ._vision_model import RecoverableLlavaVisionModel
+from .processing import (
+    RecoverableLlavaDummyInputsBuilder,
+    RecoverableLlavaMultiModalProcessor,
+    RecoverableLlavaProcessingInfo,
+)
+from .vision_features_cache import VisionFeaturesCache, join_images, split_images
+
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is below its own name
+
+# `--additional-config '{"vision_features_cache_mib": 256}'`. An image of LLaVA-1.5 takes 4 MiB in half precision.
+CACHE_OPTION, DEFAULT_CACHE_MIB = "vision_features_cache_mib", 64
+# Of the images that vLLM encodes together: the tower's hidden states are of all layers, and outside what vLLM profiles.
+IMAGES_PER_PASS = 8
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    RecoverableLlavaMultiModalProcessor,
+    info=RecoverableLlavaProcessingInfo,
+    dummy_inputs=RecoverableLlavaDummyInputsBuilder,
+)
+class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    # Weights are named as `save_pretrained` of transformers does it since 4.52, or as LLaVA's first checkpoints are.
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.language_model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+            "model.": "vision.",
+            "vision_tower.": "vision.vision_tower.",
+            "multi_modal_projector.": "vision.multi_modal_projector.",
+        },
+    )
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality.startswith("image"):
+            return "<image>"
+        raise ValueError(f"The only modality is image, got {modality!r}.")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        model_config = vllm_config.model_config
+        self.config = model_config.hf_config
+        self.configure_mm_token_handling(self.config.text_config.vocab_size, [self.config.image_token_index])
+        with self._mark_tower_model(vllm_config, "image"):
+            # Its budget changes from request to request.
+            self.vision = RecoverableLlavaVisionModel(copy.deepcopy(self.config)).to(model_config.dtype)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=self.config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        max_mib = vllm_config.additional_config.get(CACHE_OPTION, DEFAULT_CACHE_MIB)
+        self.vision_features_cache = VisionFeaturesCache(int(max_mib * 2**20))
+
+    def embed_multimodal(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        visual_token_budget: torch.Tensor | None = None,
+        image_digest: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
+        **kwargs: object,
+    ) -> MultiModalEmbeddings:
+        """[K, D] visual tokens for each image; K differs where the budgets of requests do.
+
+        Args:
+            pixel_values: [I, 3, H, W]
+            question_input_ids, question_attention_mask: [I, T], the question of each image's prompt.
+            visual_token_budget: [I], on the host.
+            image_digest: [I, 16] bytes, on the host.
+            image_embeds: I times [K, D], visual tokens recovered outside; instead of all others.
+        """
+        if image_embeds is not None:
+            return [embeds.to(self.vision.dtype) for embeds in image_embeds]
+        if pixel_values is None:
+            return []
+        vision = self._vision_features(pixel_values, image_digest)
+        tokens: list[Any] = [None] * len(vision)
+        budgets = visual_token_budget.flatten().tolist()
+        for budget in sorted(set(budgets)):
+            images = [index for index, other in enumerate(budgets) if other == budget]
+            self.vision.config.visual_token_budget = budget
+            embeds = self.vision.get_image_features(
+                pixel_values=None,
+                vision_features=join_images([vision[index] for index in images]),
+                question_input_ids=question_input_ids[images],
+                question_attention_mask=question_attention_mask[images],
+            )
+            for index, image_tokens in zip(images, embeds):
+                tokens[index] = image_tokens
+        return tokens
+
+    def _vision_features(self, pixel_values: torch.Tensor, image_digest: torch.Tensor) -> list[VisionFeatures]:
+        """The features of each image, from the tower only where no earlier question brought them."""
+        digests = [bytes(digest.tolist()) for digest in image_digest]
+        found = {digest: self.vision_features_cache.get(digest) for digest in digests}
+        missing = [digest for digest, features in found.items() if features is None]
+        if missing:
+            logger.debug("The vision tower encodes %d of %d images.", len(missing), len(digests))
+        for start in range(0, len(missing), IMAGES_PER_PASS):
+            of_this_pass = missing[start : start + IMAGES_PER_PASS]
+            images = pixel_values[[digests.index(digest) for digest in of_this_pass]]
+            for digest, features in zip(of_this_pass, split_images(self.vision.get_vision_features(images))):
+                found[digest] = features
+                self.vision_features_cache.put(digest, features)
+        return [found[digest] for digest in digests]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="vision.multi_modal_projector", tower_model="vision.vision_tower"
+        )
