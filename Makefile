@@ -26,7 +26,7 @@ test-between: $(VENV)-5.17.0/.installed
 
 # vLLM in an environment of its own, as it decides the version of transformers.
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/vllm_plugin
+	$(VENV)-vllm/bin/python -m pytest -n auto --dist loadfile tests/vllm_plugin
 
 # An OpenAI server of the embedded checkpoint on this machine's CPU. (`vllm serve` crashes in the CPU build 0.32.0.)
 serve: $(VENV)-vllm/.installed

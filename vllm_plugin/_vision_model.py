@@ -11,7 +11,9 @@ class RecoverableLlavaVisionModel(RecoverableLlavaModel):
         super().__init__(config)
         self.language_model = torch.nn.Identity()
 
-    def get_image_features(self, pixel_values, question_input_ids=None, question_attention_mask=None, vision_features=None):
+    def get_image_features(
+        self, pixel_values, question_input_ids=None, question_attention_mask=None, vision_features=None
+    ):
         vision = vision_features if vision_features is not None else self.get_vision_features(pixel_values)
         if not self.config.compress:
             return list(self.multi_modal_projector(vision.with_class_token(vision.patches)))

@@ -115,7 +115,8 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
         unknown = sorted(set(options) - {BUDGET, "device", *SCOPES})
         if unknown:
             raise VLLMValidationError(
-                f"There is no option {unknown[0]!r} of this processor; {BUDGET} is one.", parameter="mm_processor_kwargs"
+                f"There is no option {unknown[0]!r} of this processor; {BUDGET} is one.",
+                parameter="mm_processor_kwargs",
             )
         _check_aspect_ratios(inputs.mm_data_items)
         options[BUDGET] = self.info.visual_token_budget(options)

@@ -73,9 +73,7 @@ class Reference:
             return_dict_in_generate=True,
         )
         token_ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        log_probs = [
-            logits[0].float().log_softmax(-1)[token].item() for logits, token in zip(output.logits, token_ids)
-        ]
+        log_probs = [logits[0].float().log_softmax(-1)[token].item() for logits, token in zip(output.logits, token_ids)]
         return Generated(token_ids, log_probs)
 
 

@@ -71,7 +71,9 @@ def request(prompt, images=(), **options):
 
 
 def generate(engine, requests):
-    outputs = engine.generate(requests, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=0), use_tqdm=False)
+    outputs = engine.generate(
+        requests, SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=0), use_tqdm=False
+    )
     return [
         Generated(
             list(output.outputs[0].token_ids),

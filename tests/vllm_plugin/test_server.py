@@ -1,22 +1,14 @@
 """The server of `make serve`, asked over HTTP: many clients at once, bad requests, clients that hang up."""
 
 import base64
-import io
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
 import torch
+from asked_server import AskedServer, for_transformers, url_part, user
 from PIL import Image
-from reference import MAX_TOKENS, Generated, Reference
+from reference import Reference
 
 from demo.scene import ANSWERS, PICTURE
 from training.examples import scene_examples
@@ -24,77 +16,11 @@ from vllm_plugin.image_embeds import ImageEmbedder, image_embeds_part
 
 
 TOLERANCE = 1e-5
-ROOT = Path(__file__).parents[2]
-# The server is on this machine, whatever proxy the environment names.
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Server:
-    """A server process of `vllm_plugin/cpu_server.yaml` with its log, and a client."""
-
-    def __init__(self, folder: Path, *arguments: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.log = folder / "log"
-        module = "vllm.entrypoints.launchers.api_server.entry"
-        config = ["--config", "vllm_plugin/cpu_server.yaml", "--port", str(port)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *config, *arguments],
-                cwd=ROOT,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "DEBUG", "NO_PROXY": "127.0.0.1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 240
-        while not self.is_healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                pytest.fail(f"the server did not start:\n{self.log.read_text()[-5000:]}")
-            time.sleep(0.5)
-        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
-        self.model = self.client.models.list().data[0].id
-
-    def is_healthy(self) -> bool:
-        try:
-            return direct.open(f"{self.address}/health", timeout=10).status == 200
-        except OSError:
-            return False
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def tower_passes(self) -> int:
-        return self.log.read_text().count("The vision tower encodes")
-
-    def ask(self, messages, **options) -> Generated:
-        """The greedy answer to a chat. The end token is not among the tokens that the server tells."""
-        extra = options.pop("extra_body", {}) | {"return_tokens_as_token_ids": True}
-        answer = self.client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            temperature=0,
-            max_tokens=MAX_TOKENS,
-            logprobs=True,
-            extra_body=extra,
-            **options,
-        )
-        tokens = answer.choices[0].logprobs.content
-        return Generated([int(token.token.split(":")[1]) for token in tokens], [token.logprob for token in tokens])
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = AskedServer(tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
 
@@ -102,22 +28,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference():
     return Reference()
-
-
-def url_part(image: Image.Image) -> dict:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def user(*parts) -> list[dict]:
-    """One turn; a text, or an image in whatever form."""
-    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
-
-
-def for_transformers(image: Image.Image) -> dict:
-    return {"type": "image", "image": image}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +83,9 @@ def test_a_chat_without_an_image_is_stock(server, reference):
 def test_a_budget_for_one_request(server, reference, scene):
     question = next(iter(ANSWERS))
     for budget in (16, 33):
-        got = server.ask(user(url_part(scene), question), extra_body={"mm_processor_kwargs": {"visual_token_budget": budget}})
+        got = server.ask(
+            user(url_part(scene), question), extra_body={"mm_processor_kwargs": {"visual_token_budget": budget}}
+        )
         assert got.difference(reference.chat(user(for_transformers(scene), question), [scene], budget)) < TOLERANCE
 
 
