@@ -1,10 +1,12 @@
-"""vLLM plugin: serves a recoverable-llava repo with its compression, found through the entry point `vllm.general_plugins`.
+"""vLLM plugin: serves a repo with its compression. vLLM finds it through the entry point `vllm.general_plugins`.
 
-__init__.py               what vLLM calls at its start: names each architecture and the class that runs it
-processing.py             a request becomes placeholders and inputs of the towers; the question joins the identity
-model.py                  the towers, the recovery and vLLM's own language model
-vision_features_cache.py  what the vision tower made of the last images, so that more questions cost no more passes
-image_embeds.py           for clients: adaptive numbers of tokens, recovered outside the engine
+What lies where, in the order in which a request passes:
+
+    processing.py             placeholders and inputs of the towers; the question joins the identity of each image
+    model.py                  the towers, the recovery and vLLM's own language model
+    vision_features_cache.py  what the tower made of the last images, so that more questions cost no more passes
+    image_embeds.py           for clients: adaptive numbers of tokens, recovered outside the engine
+    cpu_server.yaml           flags of a small server on a CPU
 """
 
 # Architecture in config.json -> the class that runs it. vLLM imports a class where a model needs it.

@@ -1,8 +1,8 @@
 """Recoverable LLaVA in vLLM: our towers and recovery, vLLM's language model.
 
-The vision half is `RecoverableLlavaVisionModel`, the same code that transformers runs, whole on every rank. The language
-model is whatever vLLM has for `config.text_config`. It never sees a surplus placeholder: prompts arrive with as many of
-them as each image has tokens.
+The vision half is `RecoverableLlavaVisionModel`, the same code that transformers runs, whole on every rank. The
+language model is whatever vLLM has for `config.text_config`. It never sees a surplus placeholder: prompts arrive with
+as many of them as each image has tokens.
 """
 
 import copy

@@ -1,9 +1,9 @@
 """From a request to placeholders and inputs of the towers.
 
-vLLM hands a prompt over as token ids and an image as pixels. Two things are added here, both before vLLM names the image
-in its caches: the question, found in the decoded prompt, and the number of visual tokens. As options of the processor
-they are part of the name (`ProcessorInputs.get_mm_hashes`) under which vLLM keeps processed images, encoded images and
-blocks of keys and values, so an image asked two questions is two entries in each of them.
+vLLM hands a prompt over as token ids and an image as pixels. Two things are added here, both before vLLM names the
+image in its caches: the question, found in the decoded prompt, and the number of visual tokens. As options of the
+processor they are part of the name (`ProcessorInputs.get_mm_hashes`) under which vLLM keeps processed images, encoded
+images and blocks of keys and values, so an image asked two questions is two entries in each of them.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
         return find_question(processor, processor.tokenizer.decode(prompt_token_ids))
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        """A chat comes without the start token, which the tokenizer adds to every other prompt and transformers to both."""
+        """With the start token: vLLM adds it to every prompt but a chat, transformers to chats as well."""
         start = self.info.start_token_ids
         return prompt if prompt[: len(start)] == start else [*start, *prompt]
 

@@ -1,7 +1,7 @@
 """Vision features by image, bounded in bytes.
 
-The question belongs to the identity of an image in vLLM's caches, as it decides which tokens stay. What the vision tower
-says does not depend on it, so many questions about one image need one pass of the tower. That is kept here.
+The question belongs to the identity of an image in vLLM's caches, as it decides which tokens stay. What the vision
+tower says does not depend on it, so many questions about one image need one pass of the tower. That is kept here.
 """
 
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""The cache of vision features: what was used last stays, within a limit in bytes, and nothing is shared by accident."""
+"""What was used last stays, within a limit in bytes, and nothing is shared by accident."""
 
 import pytest
 import torch
