@@ -148,8 +148,10 @@ def write_requests(folder: Path, num_images: int, questions_per_image: int) -> P
 def run_client(server: Server, requests: Path, num_requests: int, settings: argparse.Namespace) -> dict[str, Any]:
     """What vLLM's benchmark client measured over all requests."""
     from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    load_general_plugins()  # the client reads the tokenizer of the repo
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     model = json.loads(server.read("/v1/models"))["data"][0]

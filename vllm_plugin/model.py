@@ -6,6 +6,7 @@ as many of them as each image has tokens.
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,7 +77,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         self.config = model_config.hf_config
         self.configure_mm_token_handling(self.config.text_config.vocab_size, [self.config.image_token_index])
         with self._mark_tower_model(vllm_config, "image"):
-            # Its budget changes from request to request.
+            # A configuration of its own: the budget changes from request to request.
             self.vision = RecoverableLlavaVisionModel(copy.deepcopy(self.config)).to(model_config.dtype)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -88,59 +89,63 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         max_mib = vllm_config.additional_config.get(CACHE_OPTION, DEFAULT_CACHE_MIB)
         self.vision_features_cache = VisionFeaturesCache(int(max_mib * 2**20))
 
-    def embed_multimodal(
+    def embed_multimodal(self, **inputs: Any) -> MultiModalEmbeddings:
+        """[K, D] visual tokens for each image: of pictures, or as the client recovered them."""
+        if "image_embeds" in inputs:
+            return [embeds.to(self.vision.dtype) for embeds in inputs["image_embeds"]]
+        return self._recover(**inputs) if "pixel_values" in inputs else []
+
+    def _recover(
         self,
-        pixel_values: torch.Tensor | None = None,
-        question_input_ids: torch.Tensor | None = None,
-        question_attention_mask: torch.Tensor | None = None,
-        visual_token_budget: torch.Tensor | None = None,
-        image_digest: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
-        **kwargs: object,
-    ) -> MultiModalEmbeddings:
-        """[K, D] visual tokens for each image; K differs where the budgets of requests do.
+        pixel_values: torch.Tensor,
+        question_input_ids: torch.Tensor,
+        question_attention_mask: torch.Tensor,
+        visual_token_budget: torch.Tensor,
+        image_digest: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """[K, D] visual tokens for each image, by the question and the budget of its request.
 
         Args:
             pixel_values: [I, 3, H, W]
-            question_input_ids, question_attention_mask: [I, T], the question of each image's prompt.
+            question_input_ids, question_attention_mask: [I, T]
             visual_token_budget: [I], on the host.
             image_digest: [I, 16] bytes, on the host.
-            image_embeds: I times [K, D], visual tokens recovered outside; instead of all others.
         """
-        if image_embeds is not None:
-            return [embeds.to(self.vision.dtype) for embeds in image_embeds]
-        if pixel_values is None:
-            return []
         vision = self._vision_features(pixel_values, image_digest)
-        tokens: list[Any] = [None] * len(vision)
         budgets = visual_token_budget.flatten().tolist()
+        tokens: dict[int, torch.Tensor] = {}
         for budget in sorted(set(budgets)):
-            images = [index for index, other in enumerate(budgets) if other == budget]
+            images = [image for image, of_image in enumerate(budgets) if of_image == budget]
             self.vision.config.visual_token_budget = budget
             embeds = self.vision.get_image_features(
                 pixel_values=None,
-                vision_features=join_images([vision[index] for index in images]),
+                vision_features=join_images([vision[image] for image in images]),
                 question_input_ids=question_input_ids[images],
                 question_attention_mask=question_attention_mask[images],
             )
-            for index, image_tokens in zip(images, embeds):
-                tokens[index] = image_tokens
-        return tokens
+            tokens |= zip(images, embeds)
+        return [tokens[image] for image in range(len(budgets))]
 
     def _vision_features(self, pixel_values: torch.Tensor, image_digest: torch.Tensor) -> list[VisionFeatures]:
         """The features of each image, from the tower only where no earlier question brought them."""
         digests = [bytes(digest.tolist()) for digest in image_digest]
-        found = {digest: self.vision_features_cache.get(digest) for digest in digests}
-        missing = [digest for digest, features in found.items() if features is None]
+        features: dict[bytes, VisionFeatures] = {}
+        missing: dict[bytes, int] = {}  # and where the picture is; each once
+        for image, digest in enumerate(digests):
+            known = self.vision_features_cache.get(digest)
+            if known is None:
+                missing[digest] = image
+            else:
+                features[digest] = known
         if missing:
             logger.debug("The vision tower encodes %d of %d images.", len(missing), len(digests))
         for start in range(0, len(missing), IMAGES_PER_PASS):
-            of_this_pass = missing[start : start + IMAGES_PER_PASS]
-            images = pixel_values[[digests.index(digest) for digest in of_this_pass]]
-            for digest, features in zip(of_this_pass, split_images(self.vision.get_vision_features(images))):
-                found[digest] = features
-                self.vision_features_cache.put(digest, features)
-        return [found[digest] for digest in digests]
+            of_this_pass = list(missing)[start : start + IMAGES_PER_PASS]
+            images = pixel_values[[missing[digest] for digest in of_this_pass]]
+            features |= zip(of_this_pass, split_images(self.vision.get_vision_features(images)))
+        for digest in missing:
+            self.vision_features_cache.put(digest, features[digest])
+        return [features[digest] for digest in digests]
 
     def forward(
         self,
@@ -158,7 +163,14 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        # transformers names the inside of CLIP's tower by its version: here, and where the weights were saved.
+        here = "vision_model." if hasattr(self.vision.vision_tower, "vision_model") else ""
+        tower = re.compile(r"^vision\.vision_tower\.(vision_model\.)?")
+        renamed = (
+            (tower.sub(f"vision.vision_tower.{here}", name), weight)
+            for name, weight in self.hf_to_vllm_mapper.apply(weights)
+        )
+        return AutoWeightsLoader(self).load_weights(renamed)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(

@@ -147,7 +147,7 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
         num_images = len(pixel_values)
         question = question_inputs(self.info.get_hf_processor(), [hf_kwargs[QUESTION]] * num_images)
         processed.update(question)
-        processed[BUDGET] = torch.full((num_images,), hf_kwargs[BUDGET])
+        processed[BUDGET] = torch.tensor([hf_kwargs[BUDGET]] * num_images)
         processed["image_digest"] = torch.stack([_digest(image) for image in pixel_values])
         return processed
 
@@ -196,4 +196,4 @@ def _check_aspect_ratios(mm_items: MultiModalDataItems) -> None:
 def _digest(pixel_values: torch.Tensor) -> torch.Tensor:
     """[16] bytes that name an image by what the vision tower sees of it, whatever the client calls it."""
     pixels = pixel_values.contiguous().view(torch.uint8).numpy()
-    return torch.frombuffer(bytearray(hashlib.blake2b(pixels, digest_size=16).digest()), dtype=torch.uint8)
+    return torch.tensor(list(hashlib.blake2b(pixels, digest_size=16).digest()), dtype=torch.uint8)

@@ -3,6 +3,8 @@
 Log-probabilities tell what answers alone hide: with another question's visual tokens most answers stay right.
 """
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from reference import MAX_TOKENS, REPO, Generated, Reference, user_prompt
@@ -193,3 +195,41 @@ def test_impossible_options_are_refused_and_nothing_else_changes(engine, referen
 def test_an_image_much_longer_than_wide_is_refused(engine):
     with pytest.raises(VLLMValidationError, match="5000 x 1 pixels"):
         engine.generate([request(user_prompt("What is this?"), [Image.new("RGB", (5000, 1))])], use_tqdm=False)
+
+
+@pytest.mark.parametrize("layout", ["as saved", "current", "nested tower"])
+def test_weights_of_every_layout_load(engine, layout):
+    """The names that transformers gave to weights over time; all of them arrive."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for file in Path(REPO).glob("*.safetensors"):
+        weights |= load_file(file)
+    prefixes = {
+        "as saved": {},
+        "current": {"language_model.model": "model.language_model", "vision_tower": "model.vision_tower"},
+        "nested tower": {"vision_tower": "model.vision_tower.vision_model"},
+    }[layout]
+    for old, new in prefixes.items():
+        weights = {new + name[len(old) :] if name.startswith(old) else name: each for name, each in weights.items()}
+
+    language = {name: each for name, each in weights.items() if "language_model" in name}
+
+    def load(model):
+        before = {name: weight.clone() for name, weight in model.vision.state_dict().items()}
+        for parameter in model.vision.parameters():
+            parameter.data.zero_()
+        # vLLM repacks the language model's weights once they are loaded, so here their names have to do.
+        loaded = model.load_weights([weight for weight in weights.items() if weight[0] not in language])
+        missing = {f"vision.{name}" for name, _ in model.vision.named_parameters()} - loaded
+        after = model.vision.state_dict()
+        return missing, [name for name, weight in before.items() if not weight.equal(after[name])]
+
+    missing, changed = engine.apply_model(load)[0]
+    assert not missing and not changed
+    mapper = engine.apply_model(lambda model: model.hf_to_vllm_mapper)[0]
+    assert {mapper.map_name(name).split(".layers.")[0] for name in language} == {
+        "language_model.model",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.norm.weight",
+    }

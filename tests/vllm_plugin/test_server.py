@@ -1,7 +1,12 @@
 """The server of `make serve`, asked over HTTP: many clients at once, bad requests, clients that hang up."""
 
 import base64
+import os
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -16,6 +21,7 @@ from vllm_plugin.image_embeds import ImageEmbedder, image_embeds_part
 
 
 TOLERANCE = 1e-5
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +154,23 @@ def test_fifty_requests_at_once(server, reference):
     for answer, image, example in zip(got, images, examples):
         expected = reference.chat(user(for_transformers(image), example.question), [image], 64)
         assert answer.difference(expected) < TOLERANCE
+
+
+def test_example_with_a_server(server):
+    command = [sys.executable, ROOT / "examples" / "ask_vllm.py", "--server", f"{server.address}/v1"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == len(ANSWERS)
+    for line, (question, answer) in zip(lines, ANSWERS.items()):
+        found = re.fullmatch(r"(.+\?)  (.+)  \((\d+) prompt tokens\)", line)
+        assert found.group(1, 2) == (question, answer) and 64 < int(found[3]) < 84
+    short = subprocess.run(
+        [*command, "--budget", "16", "Where is the cactus?"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert re.search(r"\((2\d) prompt tokens\)", short.stdout)
+
+
+def test_example_without_a_server():
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, ROOT / "examples" / "ask_vllm_offline.py"]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout
+    assert re.search(r"What word is under the lemon\?  RAIN  \(76 prompt tokens\)", output)
