@@ -12,6 +12,7 @@ import base64
 from pathlib import Path
 
 from openai import AsyncOpenAI
+from PIL import Image
 from tqdm.asyncio import tqdm
 
 
@@ -30,6 +31,7 @@ async def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("demo/scene.png"))
     parser.add_argument("--server", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--budget", type=int, help="visual tokens; the server must run with --trust-request-mm-kwargs")
+    parser.add_argument("--adaptive", metavar="REPO", help="recover here with this repo, as many tokens as it takes")
     options = parser.parse_args()
 
     client = AsyncOpenAI(base_url=options.server, api_key="none")
@@ -38,10 +40,18 @@ async def main() -> None:
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     extra = {} if options.budget is None else {"mm_processor_kwargs": {"visual_token_budget": options.budget}}
 
+    if options.adaptive:
+        from vllm_plugin.image_embeds import ImageEmbedder, image_embeds_part
+
+        embedder = ImageEmbedder(options.adaptive)
+        with Image.open(options.picture) as opened:
+            opened.load()
+
     async def ask(question: str) -> str:
+        part = image_embeds_part(embedder(opened, question)) if options.adaptive else image
         stream = await client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+            messages=[{"role": "user", "content": [part, {"type": "text", "text": question}]}],
             temperature=0,
             max_tokens=64,
             stream=True,

@@ -26,8 +26,14 @@ OWN_PAGES = [
     for page in PAGES
     if page.stem not in ("publishing", "evaluation", "ablations", "performance", "checkpoint")
 ]  # fmt: skip
-# Not run: they need the Hub, or the address of a repository that a test cannot know.
-NOT_RUN = ("git clone <this repository>", "hf upload OWNER/NAME", "source .venv/bin/activate")
+# Not run: they need the Hub, a GPU, or the address of a repository that a test cannot know.
+NOT_RUN = (
+    "git clone <this repository>",
+    "hf upload OWNER/NAME",
+    "source .venv/bin/activate",
+    'pip install -e ".[vllm]"',
+    "vllm serve OWNER/NAME",
+)
 
 
 def blocks(page, language):
