@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from recoverable_llava.configuration_recoverable_llava import PRESETS
+from recoverable_llava.recovery_settings import PRESETS
 from recoverable_llava.tools.asking import (
     Answer,
     ask,
