@@ -77,7 +77,7 @@ def _savings(config: dict[str, Any], patches: int) -> str:
 
 
 def _selection(config: dict[str, Any]) -> str:
-    if not config["diversity"]:
+    if config["selection"] == "paper":
         return ""
     return "Unlike the paper's, this selection spends no token on a near copy of another. "
 
@@ -86,7 +86,7 @@ def _fewer_tokens(config: dict[str, Any]) -> str:
     """A line of code that lets fewer tokens stay, with these settings."""
     if config["visual_token_budget"] is not None:
         return "model.config.visual_token_budget = processor.visual_token_budget = 8  # from the next prompt on"
-    name, value = ("novelty_threshold", 0.5) if config["diversity"] else ("lof_threshold", 2.0)
+    name, value = ("novelty_threshold", 0.5) if config["selection"] == "novelty" else ("lof_threshold", 2.0)
     return f"model.config.{name} = {value}  # fewer tokens; takes effect on the next call"
 
 

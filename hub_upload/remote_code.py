@@ -18,8 +18,7 @@ PAGE = "trust_remote_code.md"
 HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *](\S+\.py)$", flags=re.MULTILINE)
 
 
-CONFIGURATION = "configuration_recoverable_llava.py"
-NOT_RECOVERY = {"question_config"}
+SETTINGS = "recovery_settings.py"
 
 
 def package_folder() -> Path:
@@ -33,13 +32,13 @@ def package_folder() -> Path:
 
 
 def configuration_fields() -> dict[str, type]:
-    """Every recovery setting of RecoverableLlavaConfig and its type, read from the source: no second list to keep."""
-    source = ast.parse((package_folder() / CONFIGURATION).read_text(encoding="utf-8"))
+    """Every recovery setting and its type, read from the source: no second list to keep."""
+    source = ast.parse((package_folder() / SETTINGS).read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
     kinds = {"bool": bool, "int": int, "float": float, "str": str}
-    annotated = [node for node in classes["RecoverableLlavaConfig"].body if isinstance(node, ast.AnnAssign)]
+    annotated = [node for node in classes["RecoverySettingsMixin"].body if isinstance(node, ast.AnnAssign)]
     types = {ast.unparse(node.target): ast.unparse(node.annotation).split(" | ")[0] for node in annotated}
-    return {name: kinds[kind] for name, kind in types.items() if name not in NOT_RECOVERY}
+    return {name: kinds[kind] for name, kind in types.items()}
 
 
 def executed_files(folder: Path) -> list[str]:

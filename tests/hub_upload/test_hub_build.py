@@ -489,8 +489,8 @@ def test_card_says_what_a_person_wants_to_know(built_once):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"diversity": True}, "novelty_threshold = 0.5"),
-        ({"diversity": False}, "lof_threshold = 2.0"),
+        ({"selection": "novelty"}, "novelty_threshold = 0.5"),
+        ({"selection": "paper"}, "lof_threshold = 2.0"),
         ({"visual_token_budget": 9}, "visual_token_budget = 8"),
     ],
 )

@@ -27,18 +27,18 @@ def not_executed(monkeypatch):
 
 
 def test_changed_code_is_found_and_not_executed(built, not_executed):
-    with (built / "token_recovery.py").open("a") as code:
+    with (built / "novelty_selection.py").open("a") as code:
         code.write("import os\n")
     checks = verify(built)
     assert failed(checks) == {"code equals trust_remote_code.md", "loads"}
-    assert "token_recovery.py" in table(checks) and "2 of 6 checks failed" in table(checks)
+    assert "novelty_selection.py" in table(checks) and "2 of 6 checks failed" in table(checks)
 
 
 def test_unlisted_code_is_found(built, not_executed):
     (built / "more.py").write_text("print('more')\n")
     assert "code equals trust_remote_code.md" in failed(verify(built))
     page = built / "trust_remote_code.md"
-    page.write_text(page.read_text().replace("  token_recovery.py", "  forgotten.py"))
+    page.write_text(page.read_text().replace("  novelty_selection.py", "  forgotten.py"))
     assert "code equals trust_remote_code.md" in failed(verify(built))
 
 
