@@ -22,14 +22,13 @@ from typing import Any
 _HOW_TO_ANSWER = re.compile(
     r"""
     (?! .* ( \? | \b(if|whether|what|which|who|whose|where|why|how)\b ) )
-    ( (please\s+)? (answer|respond|reply) (\s+(to\s+)?(the|this|each)\s+questions?)? \s+
-        ( (briefly|concisely|shortly|directly|using|in|by)\b .*
-        | (yes|no) (\W+(or\W+)?(yes|no))? \W*
-        | ((only|just)\s+)? with\b .* \b(words?|phrases?|letters?|options?|yes|no|numbers?)\b .* )
-    | (please\s+)? (give|provide) \s .* \b(your|short|brief|one|single)\b .* \b(answer|response)\b .*
+    ( (please\s+)? (answer|respond|reply)\b .*
+    | (please\s+)? (only\s+)? (give|provide|select|choose|keep)\b (?= .*\b(answer|response|option)\b )
+        .* \b(short|brief|one|single|letter|best|correct)\b .*
     | your\s+(answer|response)\b .*
     | when\b .* \bunanswerable\b .*
-    | (short\s+)? answer \s*: )
+    | (let's\s+)? think\s+step\s+by\s+step\b .*
+    | ((the\s+)?best\s+|short\s+)? (answer|option) (\s+is)? \s*: \W* )
     """,
     re.IGNORECASE | re.VERBOSE,
 )

@@ -265,8 +265,18 @@ INSTRUCTIONS = [
     "Your answer should be one word.",
     "Your response must be a number.",
     "When the provided information is insufficient, respond with 'Unanswerable'.",
+    "Answer this question with A, B, C, or D.",
+    "Answer with a single integer.",
+    "Please answer directly with only the letter of the correct option and nothing else.",
+    "Only give the best option.",
+    "Select the best answer to the above multiple-choice question based on the image.",
+    "Keep the answer short and concise.",
+    "Give me the answer letter directly.",
+    "Let's think step by step.",
     "Answer:",
     "Short answer:",
+    "The best answer is:",
+    "Best option: (",
 ]
 
 
