@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_numpy_array, is_torch_tensor, logging
 
 from .question_text import (
+    IMAGE,
     KNOWN_TAGS,
     TurnTags,
     question_of_chat,
@@ -118,6 +119,8 @@ class QuestionProcessorMixin(ProcessorMixin):
         Raises:
             ValueError: if the number of questions is not the number of prompts.
         """
+        if isinstance(text, Iterator):
+            text = list(text)  # It is read twice.
         inputs = super().__call__(images, text, *args, **kwargs)
         prompts = [text] if isinstance(text, str) else text
         given, conversation = _CHAT.get()
@@ -179,7 +182,7 @@ class QuestionProcessorMixin(ProcessorMixin):
 
         Decode with special tokens: without them the turns of ChatML cannot be told apart.
         """
-        text = strip_tokens(prompt.replace(self.image_token, " "), self._special_tokens())
+        text = strip_tokens(prompt.replace(self.image_token, IMAGE), self._special_tokens())
         return self._guiding(question_of_prompt(text, self._turn_tags()))
 
     def find_question_in_chat(self, messages: Any) -> str:

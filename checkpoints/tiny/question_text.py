@@ -3,7 +3,8 @@
 A prompt is one string, whose turns are told apart by role tags. Tags are compared without white space, since a
 tokenizer may give back "USER :" for "USER:". Somebody may also quote a tag, so their order counts:
 
-- A user's turn begins at the first user tag after an assistant's tag. Another one before the answer is a quotation.
+- A user's turn begins at the first user tag after an assistant's tag, or at one that an image follows. Any other one
+  before the answer is a quotation.
 - Where the prompt ends in an assistant's tag, that one asks for the answer, and the question goes on up to it. Where an
   answer follows, the question ends at the first assistant's tag, so that it holds no part of an answer.
 - "USER:" right after a letter, a quotation mark or an opening bracket is a quotation.
@@ -32,6 +33,8 @@ _HOW_TO_ANSWER = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+# Stands for an image within a prompt, so that no function here has to know the tokenizer's own placeholder.
+IMAGE = "\x00"
 # Llama 2 writes the system prompt into the user's first turn.
 _SYSTEM_PROMPT = re.compile(r"<<\s*SYS\s*>>.*?<<\s*/\s*SYS\s*>>", re.DOTALL)
 
@@ -66,7 +69,7 @@ class TurnTags:
                 is_answered = True
                 if stop is None or asks:
                     stop = tag.start()
-            elif is_answered:
+            elif is_answered or tag["image"]:
                 start, stop, is_answered = tag.end(), None, False
         first_user = next((tag.start() for tag in tags if tag.lastgroup == "user"), len(prompt))
         return not asks, first_user, self._without_ends(prompt[start:stop])
@@ -80,7 +83,7 @@ class TurnTags:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        patterns = {self.user: f"(?P<user>{_as_tag(self.user)})"}
+        patterns = {self.user: rf"(?P<user>{_as_tag(self.user)}(?P<image>\s*{IMAGE})?)"}
         if self.assistant:
             # At the very end it may follow the question without a space.
             at_end = rf"{_spaced(self.assistant)}(?=\s*$)"
@@ -98,10 +101,15 @@ KNOWN_TAGS = (
 
 
 def question_of_prompt(prompt: str, all_tags: Iterable[TurnTags]) -> str:
-    """What the user says last, by the tags that fit best, the first of equals; all of the prompt if it has no tags."""
+    """What the user says last, by the tags that fit best, the first of equals; all of the prompt if it has no tags.
+
+    Args:
+        prompt: with `IMAGE` for every image.
+        all_tags: of the kinds of prompts that it may be.
+    """
     readings = [reading for tags in all_tags if (reading := tags.read(prompt)) is not None]
     text = min(readings, key=lambda reading: reading[:2])[2] if readings else prompt
-    return _SYSTEM_PROMPT.sub(" ", text)
+    return _SYSTEM_PROMPT.sub(" ", text).replace(IMAGE, " ")
 
 
 def question_of_chat(messages: Iterable[Any]) -> str:

@@ -299,6 +299,7 @@ QUOTATIONS = {
     "USER: <image>\nare 'USER:' and 'ASSISTANT:' roles ? ASSISTANT:": "are 'USER:' and 'ASSISTANT:' roles ?",
     "<|im_start|>user\n<image>\nis USER: 7 a cat ?<|im_end|>\n<|im_start|>assistant\n": "is USER: 7 a cat ?",
     "<s>[INST] <image>\nis USER: 7 a cat ? [/INST]": "is USER: 7 a cat ?",
+    "The USER: is kind . USER: <image>\nwhat is it ? ASSISTANT:": "what is it ?",
     "USER : <image> what is it ? ASSISTANT :": "what is it ?",
     "<s> USER : " + "<image> " * 36 + "what is it ? ASSISTANT : ": "what is it ?",
     "<pad><pad><s>USER: <image>\nwhat is it ? ASSISTANT:": "what is it ?",
