@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recoverable_llava import RecoverableLlavaProcessor
-
-from ._vision_model import RecoverableLlavaVisionModel, question_inputs
+from recoverable_llava import RecoverableLlavaProcessor, RecoverableLlavaVisionModel
 
 
 class ImageEmbedder:
@@ -39,10 +37,20 @@ class ImageEmbedder:
 
         K is adaptive, or `model.config.visual_token_budget` where that is set.
         """
-        pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        inputs = {"pixel_values": pixel_values, **question_inputs(self.processor, [question])}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        return self.model.get_image_features(**inputs)[0].cpu()
+        inputs = self.processor(images=image, questions=[question], return_tensors="pt").to(self.model.device)
+        pixel_values, *question_rows = (
+            inputs[name] for name in ("pixel_values", "question_input_ids", "question_attention_mask")
+        )
+        vision = self.model.get_vision_features(pixel_values.to(self.model.dtype))
+        questions = self.model.embed_questions(1, *question_rows)
+        settings = self.model.config.recovery_settings()
+        recovery = self.model.recover(vision, questions, settings, sizes=_all_kept)
+        return self.model.project(vision, recovery.assembly)[0].cpu()
+
+
+def _all_kept(selection: Any) -> tuple[int, int]:
+    """How many tokens the one image of a selection has, and how many of them are merged ones."""
+    return int(selection.num_tokens), int(selection.num_merged)
 
 
 def image_embeds_part(embeds: torch.Tensor) -> dict[str, str]:

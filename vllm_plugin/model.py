@@ -5,7 +5,6 @@ language model is whatever vLLM has for `config.text_config`. It never sees a su
 as many of them as each image has tokens.
 """
 
-import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -25,9 +24,8 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from recoverable_llava import VisionFeatures
+from recoverable_llava import RecoverableLlavaVisionModel, VisionFeatures
 
-from ._vision_model import RecoverableLlavaVisionModel
 from .processing import (
     RecoverableLlavaDummyInputsBuilder,
     RecoverableLlavaMultiModalProcessor,
@@ -77,8 +75,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         self.config = model_config.hf_config
         self.configure_mm_token_handling(self.config.text_config.vocab_size, [self.config.image_token_index])
         with self._mark_tower_model(vllm_config, "image"):
-            # A configuration of its own: the budget changes from request to request.
-            self.vision = RecoverableLlavaVisionModel(copy.deepcopy(self.config)).to(model_config.dtype)
+            self.vision = RecoverableLlavaVisionModel(self.config).to(model_config.dtype)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -107,23 +104,27 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
 
         Args:
             pixel_values: [I, 3, H, W]
-            question_input_ids, question_attention_mask: [I, T]
-            visual_token_budget: [I], on the host.
+            question_input_ids: [I, T]
+            question_attention_mask, visual_token_budget: [I, T] and [I], on the host.
             image_digest: [I, 16] bytes, on the host.
         """
         vision = self._vision_features(pixel_values, image_digest)
+        settings = self.vision.config.recovery_settings()
+        if not settings.compress:
+            return list(self.vision.all_tokens(join_images(vision)))
+        # The tower is causal and pools at the end token, so the padding behind the longest question changes nothing.
+        longest = max(1, int(question_attention_mask.sum(1).max()))
+        question_attention_mask = question_attention_mask.to(question_input_ids.device)
+        questions = self.vision.embed_questions(len(vision), question_input_ids[:, :longest], question_attention_mask)
         budgets = visual_token_budget.flatten().tolist()
         tokens: dict[int, torch.Tensor] = {}
         for budget in sorted(set(budgets)):
+            settings.visual_token_budget = budget
             images = [image for image, of_image in enumerate(budgets) if of_image == budget]
-            self.vision.config.visual_token_budget = budget
-            embeds = self.vision.get_image_features(
-                pixel_values=None,
-                vision_features=join_images([vision[image] for image in images]),
-                question_input_ids=question_input_ids[images],
-                question_attention_mask=question_attention_mask[images],
+            of_budget = join_images([vision[image] for image in images])
+            tokens |= zip(
+                images, self.vision.budget_tokens(of_budget, questions.of_images(torch.tensor(images)), settings)
             )
-            tokens |= zip(images, embeds)
         return [tokens[image] for image in range(len(budgets))]
 
     def _vision_features(self, pixel_values: torch.Tensor, image_digest: torch.Tensor) -> list[VisionFeatures]:

@@ -31,8 +31,6 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaProcessor
 
-from ._vision_model import find_question, question_inputs
-
 
 DEFAULT_BUDGET = 64
 # Resizing by the shortest edge blows a picture of 5,000 x 1 pixels up to 1,680,000 x 336 before it is cropped.
@@ -125,7 +123,7 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
 
     def _find_question(self, prompt_token_ids: list[int]) -> str:
         processor = self.info.get_hf_processor()
-        return find_question(processor, processor.tokenizer.decode(prompt_token_ids))
+        return processor.find_question(processor.tokenizer.decode(prompt_token_ids))
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """With the start token: vLLM adds it to every prompt but a chat, transformers to chats as well."""
@@ -145,8 +143,8 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
                 parameter="mm_processor_kwargs",
             )
         num_images = len(pixel_values)
-        question = question_inputs(self.info.get_hf_processor(), [hf_kwargs[QUESTION]] * num_images)
-        processed.update(question)
+        questions: Any = [hf_kwargs[QUESTION]] * num_images
+        processed.update(self.info.get_hf_processor().question_inputs(questions, return_tensors="pt"))
         processed[BUDGET] = torch.tensor([hf_kwargs[BUDGET]] * num_images)
         processed["image_digest"] = torch.stack([_digest(image) for image in pixel_values])
         return processed
@@ -154,8 +152,8 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        on_device = ("pixel_values", "question_input_ids", "question_attention_mask", "image_embeds")
-        on_host = (BUDGET, "image_digest")
+        on_device = ("pixel_values", "question_input_ids", "image_embeds")
+        on_host = ("question_attention_mask", BUDGET, "image_digest")
         return {name: MultiModalFieldConfig.batched("image") for name in on_device} | {
             name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in on_host
         }

@@ -5,7 +5,7 @@ tower says does not depend on it, so many questions about one image need one pas
 """
 
 from collections import OrderedDict
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -61,7 +61,11 @@ def num_bytes(features: VisionFeatures) -> int:
 
 
 def split_images(features: VisionFeatures) -> list[VisionFeatures]:
-    """The features of each image, in storage of their own: a slice would keep the whole batch alive."""
+    """The features of each image, in storage of their own: a slice would keep the whole batch alive.
+
+    Without the tower's last state, which is for callers of stock LLaVA alone.
+    """
+    features = replace(features, last_hidden_state=None)
     return [
         VisionFeatures(
             **{
