@@ -2,11 +2,11 @@
 
 What lies where, in the order in which a request passes:
 
-    processing.py             placeholders and inputs of the towers; the question joins the identity of each image
-    model.py                  the towers, the recovery and vLLM's own language model
-    vision_features_cache.py  what the tower made of the last images, so that more questions cost no more passes
-    image_embeds.py           for clients: adaptive numbers of tokens, recovered outside the engine
-    cpu_server.yaml           flags of a small server on a CPU
+    processing.py       placeholders and inputs of the towers; the question joins the identity of each image
+    model.py            the towers, the recovery and vLLM's own language model
+    vision_features.py  what the tower said, kept by image so that more questions cost no more passes
+    image_embeds.py     for clients: adaptive numbers of tokens, recovered outside the engine
+    cpu_server.yaml     flags of a small server on a CPU
 """
 
 # Architecture in config.json -> the class that runs it. vLLM imports a class where a model needs it.

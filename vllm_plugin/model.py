@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -31,7 +32,7 @@ from .processing import (
     RecoverableLlavaMultiModalProcessor,
     RecoverableLlavaProcessingInfo,
 )
-from .vision_features_cache import VisionFeaturesCache, join_images, split_images
+from .vision_features import join_images, num_bytes, split_images
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is below its own name
@@ -83,8 +84,8 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
                 prefix=maybe_prefix(prefix, "language_model"),
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-        max_mib = vllm_config.additional_config.get(CACHE_OPTION, DEFAULT_CACHE_MIB)
-        self.vision_features_cache = VisionFeaturesCache(int(max_mib * 2**20))
+        max_bytes = int(vllm_config.additional_config.get(CACHE_OPTION, DEFAULT_CACHE_MIB) * 2**20)
+        self.vision_features_cache: LRUCache[bytes, VisionFeatures] = LRUCache(max_bytes, getsizeof=num_bytes)
 
     def embed_multimodal(self, **inputs: Any) -> MultiModalEmbeddings:
         """[K, D] visual tokens for each image: of pictures, or as the client recovered them."""
@@ -106,7 +107,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
             pixel_values: [I, 3, H, W]
             question_input_ids: [I, T]
             question_attention_mask, visual_token_budget: [I, T] and [I], on the host.
-            image_digest: [I, 16] bytes, on the host.
+            image_digest: [I, 32] bytes, on the host.
         """
         vision = self._vision_features(pixel_values, image_digest)
         settings = self.vision.config.recovery_settings()
@@ -145,7 +146,8 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
             images = pixel_values[[missing[digest] for digest in of_this_pass]]
             features |= zip(of_this_pass, split_images(self.vision.get_vision_features(images)))
         for digest in missing:
-            self.vision_features_cache.put(digest, features[digest])
+            if num_bytes(features[digest]) <= self.vision_features_cache.maxsize:
+                self.vision_features_cache[digest] = features[digest]
         return [features[digest] for digest in digests]
 
     def forward(

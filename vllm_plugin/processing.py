@@ -7,16 +7,18 @@ images and blocks of keys and values, so an image asked two questions is two ent
 """
 
 import dataclasses
-import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import (
@@ -33,6 +35,7 @@ from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaProcessor
 
 
 DEFAULT_BUDGET = 64
+PIXELS_MIB = 64
 # Resizing by the shortest edge blows a picture of 5,000 x 1 pixels up to 1,680,000 x 336 before it is cropped.
 MAX_ASPECT_RATIO = 200
 # The option of a request, in its `mm_processor_kwargs`, and the one that is added here.
@@ -103,6 +106,13 @@ class RecoverableLlavaDummyInputsBuilder(BaseDummyInputsBuilder[RecoverableLlava
 
 
 class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLlavaProcessingInfo]):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Of the images seen last: they do not depend on the question, which vLLM's own cache goes by.
+        self.pixels: LRUCache[str, torch.Tensor] = LRUCache(PIXELS_MIB * 2**20, getsizeof=lambda each: each.nbytes)
+        # With --renderer-num-workers several threads are here; neither that cache nor tokenizers are made for it.
+        self.lock = threading.Lock()
+
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """As stock, with the question and the budget among the options that name each image.
 
@@ -123,18 +133,40 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
 
     def _find_question(self, prompt_token_ids: list[int]) -> str:
         processor = self.info.get_hf_processor()
-        return processor.find_question(processor.tokenizer.decode(prompt_token_ids))
+        with self.lock:
+            return processor.find_question(processor.tokenizer.decode(prompt_token_ids))
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """With the start token: vLLM adds it to every prompt but a chat, transformers to chats as well."""
         start = self.info.start_token_ids
         return prompt if prompt[: len(start)] == start else [*start, *prompt]
 
-    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         """The pixels of each image, and beside each what its tokens depend on; one row per image."""
-        stock_kwargs = {name: value for name, value in hf_kwargs.items() if name not in (BUDGET, QUESTION)}
-        processed = super()._call_hf_processor(hf_data, stock_kwargs)
-        pixel_values = processed["pixel_values"]
+        options = {name: value for name, value in hf_kwargs.items() if name not in (BUDGET, QUESTION)}
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        digests = [MultiModalHasher.hash_kwargs(algorithm, image=image, **options) for image in hf_data["images"]]
+        with self.lock:
+            pixels = {digest: self.pixels.get(digest) for digest in digests}
+        missing = {digest: image for digest, image in zip(digests, hf_data["images"]) if pixels[digest] is None}
+        if missing:
+            processed = super()._call_hf_processor({"images": list(missing.values())}, options)["pixel_values"]
+            self._check_pixels(processed)
+            pixels |= {digest: image.clone() for digest, image in zip(missing, processed)}
+        processor = self.info.get_hf_processor()
+        with self.lock:
+            self.pixels.update((digest, pixels[digest]) for digest in missing)
+            questions = processor.question_inputs([hf_kwargs[QUESTION]] * len(digests), return_tensors="pt")
+        return BatchFeature(
+            {
+                "pixel_values": torch.stack([pixels[digest] for digest in digests]),
+                **questions,
+                BUDGET: torch.tensor([hf_kwargs[BUDGET]] * len(digests)),
+                "image_digest": torch.stack([torch.tensor(list(bytes.fromhex(digest))) for digest in digests]),
+            }
+        )
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         size = self.info.get_hf_config().vision_config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise VLLMValidationError(
@@ -142,12 +174,6 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
                 f"{(3, size, size)}.",
                 parameter="mm_processor_kwargs",
             )
-        num_images = len(pixel_values)
-        questions: Any = [hf_kwargs[QUESTION]] * num_images
-        processed.update(self.info.get_hf_processor().question_inputs(questions, return_tensors="pt"))
-        processed[BUDGET] = torch.tensor([hf_kwargs[BUDGET]] * num_images)
-        processed["image_digest"] = torch.stack([_digest(image) for image in pixel_values])
-        return processed
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -189,9 +215,3 @@ def _check_aspect_ratios(mm_items: MultiModalDataItems) -> None:
                 "crop it first.",
                 parameter="image",
             )
-
-
-def _digest(pixel_values: torch.Tensor) -> torch.Tensor:
-    """[16] bytes that name an image by what the vision tower sees of it, whatever the client calls it."""
-    pixels = pixel_values.contiguous().view(torch.uint8).numpy()
-    return torch.tensor(list(hashlib.blake2b(pixels, digest_size=16).digest()), dtype=torch.uint8)

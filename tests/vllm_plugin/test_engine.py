@@ -6,6 +6,7 @@ Log-probabilities tell what answers alone hide: with another question's visual t
 from pathlib import Path
 
 import pytest
+from cachetools import LRUCache
 from PIL import Image
 from reference import MAX_TOKENS, REPO, Generated, Reference, user_prompt
 from vllm import LLM, SamplingParams
@@ -14,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from demo.scene import ANSWERS, PICTURE
 from training.examples import scene_examples
 from vllm_plugin.image_embeds import ImageEmbedder
+from vllm_plugin.vision_features import num_bytes
 
 
 TOLERANCE = 1e-5
@@ -150,15 +152,17 @@ def test_features_that_do_not_fit_are_computed_again(engine, reference, scenes, 
     cases = [(image, question) for image, question, _ in scenes[:3]]
     expected = [reference(user_prompt(question), [image], 33) for image, question in cases]
     requests = [request(user_prompt(question), [image], visual_token_budget=33) for image, question in cases]
-    forget(engine)
-    limit = engine.apply_model(lambda model: model.vision_features_cache.max_bytes)[0]
-    engine.apply_model(lambda model: setattr(model.vision_features_cache, "max_bytes", 2 * 10**6))  # one image
+    cache = engine.apply_model(lambda model: model.vision_features_cache)[0]
+    for_one, for_none = (LRUCache(size, getsizeof=num_bytes) for size in (2 * 10**6, 10**6))
     try:
-        assert largest_difference(generate(engine, requests), expected) < TOLERANCE
-        assert engine.apply_model(lambda model: len(model.vision_features_cache)) == [1]
+        for small, kept in ((for_one, 1), (for_none, 0)):
+            forget(engine)
+            engine.apply_model(lambda model, small=small: setattr(model, "vision_features_cache", small))
+            assert largest_difference(generate(engine, requests), expected) < TOLERANCE
+            assert len(small) == kept
     finally:
-        engine.apply_model(lambda model: setattr(model.vision_features_cache, "max_bytes", limit))
-    assert sum(tower_calls) == 3
+        engine.apply_model(lambda model: setattr(model, "vision_features_cache", cache))
+    assert sum(tower_calls) == 6
 
 
 def test_adaptive_counts_through_image_embeds(engine, reference, scenes):
