@@ -171,7 +171,9 @@ class RecoverableModelMixin(RecoverableVisionMixin):
                 name: None if rows is None else rows[placeholders.row_of_image.to(rows.device)]
                 for name, rows in question_inputs.items()
             }
-            features = self.get_image_features(images.pixel_values, **images.options, **of_image, return_dict=True)
+            features = self.get_image_features(
+                images.pixel_values, **images.options, **of_image, settings=settings, return_dict=True
+            )
             last_hidden_state, tokens = features.last_hidden_state, torch.stack(list(features.pooler_output))
         else:
             questions = self.questions_of(placeholders, len(input_ids), question_inputs)
@@ -330,6 +332,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         question_embeds: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         vision_features: VisionFeatures | None = None,
+        compress: bool | None = None,
         keep_short: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -346,6 +349,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
             visual_embeds: [B, S, D] visual tokens aligned with `input_ids`, which are then short already. Used by
                 `generate`.
             vision_features: from `get_vision_features`, instead of `pixel_values`: one image, many questions.
+            compress: instead of the config's, for this call.
             keep_short: leave `last_hidden_state` in the short numbering, and return the `ShortPrompt` behind the
                 outputs: what runs over every position then runs over the short prompt.
 
@@ -367,7 +371,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         }
         images = ImageInputs.of(pixel_values, vision_features, **options)
         history = CompressedHistory.of(cache)
-        settings: Any = None if images is None else self.config.recovery_settings()
+        settings: Any = None if images is None else self.config.recovery_settings(compress)
         is_off = images is None or (not settings.compress and vision_features is None)
         if history is None and (is_off or kwargs.get("mm_encoder_outputs")):
             outputs = super().forward(
