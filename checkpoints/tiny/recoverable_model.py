@@ -11,6 +11,7 @@ A cache that a compressed prompt left behind carries a `CompressedHistory`, so t
 B prompts, I images, L tokens of the original prompt, S of the short one, N patches, K kept tokens, D embedding size.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import SimpleNamespace
@@ -21,7 +22,14 @@ from transformers import Cache
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import CompressedHistory, mask_of_new_tokens, uncompressed_history
-from .recoverable_vision import Questions, RecoverableVisionMixin, Recovery, VisionFeatures, check_question_rows
+from .recoverable_vision import (
+    Questions,
+    RecoverableVisionMixin,
+    Recovery,
+    VisionFeatures,
+    check_question_rows,
+    stock_forward,
+)
 from .selection import Selection
 from .short_prompt import (
     Placeholders,
@@ -374,15 +382,16 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         settings: Any = None if images is None else self.config.recovery_settings(compress)
         is_off = images is None or (not settings.compress and vision_features is None)
         if history is None and (is_off or kwargs.get("mm_encoder_outputs")):
-            outputs = super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **{name: value for name, value in options.items() if value is not None},
-                **stock,
-            )
+            with nullcontext() if images is None or torch.compiler.is_compiling() else stock_forward():
+                outputs = super().forward(
+                    input_ids=input_ids,
+                    pixel_values=pixel_values,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                    **{name: value for name, value in options.items() if value is not None},
+                    **stock,
+                )
             return (outputs, ShortPrompt.unchanged(outputs.last_hidden_state[..., 0].long())) if keep_short else outputs
 
         ids = self._ids(input_ids, inputs_embeds, images)

@@ -15,8 +15,9 @@ patches are neighbours. To choose tokens in another way, override `select` and `
 I images, R questions, N patches, C channels, K kept tokens, T question tokens, D size of an embedding.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,10 @@ from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if
 
 
 logger = logging.get_logger(__name__)
+
+# Of each thread, whether a stock forward is running in it: that asks `get_image_features` for the features of all
+# patches, and has no way to say so.
+_stock_forward = threading.local()
 
 # What this adds to a model. Nothing of it is ever trained: a selection has no gradient.
 FROZEN = ("question_tower", "visual_projection")
@@ -395,7 +400,9 @@ class RecoverableVisionMixin(nn.Module):
         }
         if image_sizes is not None:
             options["image_sizes"] = image_sizes
-        settings = settings or self.config.recovery_settings()
+        if settings is None:
+            is_stock = not torch.compiler.is_compiling() and getattr(_stock_forward, "is_running", False)
+            settings = self.config.recovery_settings(compress=False if is_stock else None)
         if not settings.compress or settings.visual_token_budget is None:
             return super().get_image_features(pixel_values, **options, **kwargs)
         outputs, vision = self.encode_images(
@@ -406,6 +413,16 @@ class RecoverableVisionMixin(nn.Module):
         )
         outputs.pooler_output = list(self.budget_tokens(vision, questions, settings))
         return outputs
+
+
+@contextmanager
+def stock_forward() -> Iterator[None]:
+    """In this thread, whatever the config says meanwhile, `get_image_features` gives the features of all patches."""
+    _stock_forward.is_running = True
+    try:
+        yield
+    finally:
+        _stock_forward.is_running = False
 
 
 class FrozenLinear(nn.Module):
