@@ -13,7 +13,7 @@ tokenizer may give back "USER :" for "USER:". Somebody may also quote a tag, so 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from os.path import commonprefix
 from typing import Any
@@ -47,17 +47,19 @@ class TurnTags:
         user: what stands before a user's text.
         assistant: what stands before an answer; may be empty.
         end: what ends a user's text, if that is more than the assistant's tag.
+        system: what stands before a system prompt; may be empty.
     """
 
     user: str
     assistant: str
     end: str = ""
+    system: str = ""
 
     def read(self, prompt: str) -> tuple[bool, int, str] | None:
         """What the user says last, after how well the prompt fits; None if it has none of the tags.
 
         Of two kinds of tags the lower pair fits better: whether the prompt does *not* end in the assistant's tag, and
-        where the first user tag stands.
+        where the first tag of a user or a system prompt stands.
         """
         tags = list(self._pattern.finditer(prompt))
         if not tags:
@@ -69,10 +71,10 @@ class TurnTags:
                 is_answered = True
                 if stop is None or asks:
                     stop = tag.start()
-            elif is_answered or tag["image"]:
+            elif tag.lastgroup == "user" and (is_answered or tag["image"]):
                 start, stop, is_answered = tag.end(), None, False
-        first_user = next((tag.start() for tag in tags if tag.lastgroup == "user"), len(prompt))
-        return not asks, first_user, self._without_ends(prompt[start:stop])
+        first = next((tag.start() for tag in tags if tag.lastgroup != "assistant"), len(prompt))
+        return not asks, first, self._without_ends(prompt[start:stop])
 
     def _without_ends(self, text: str) -> str:
         if not self.end:
@@ -88,6 +90,8 @@ class TurnTags:
             # At the very end it may follow the question without a space.
             at_end = rf"{_spaced(self.assistant)}(?=\s*$)"
             patterns[self.assistant] = f"(?P<assistant>{_as_tag(self.assistant)}|{at_end})"
+        if self.system and self.system not in patterns:
+            patterns[self.system] = f"(?P<system>{_as_tag(self.system)})"
         # One tag may begin with the other.
         return re.compile("|".join(patterns[tag] for tag in sorted(patterns, key=len, reverse=True)))
 
@@ -95,7 +99,7 @@ class TurnTags:
 # What scripts write by hand, whatever the chat template: LLaVA-1.5 (Vicuna), ChatML (Qwen, Yi), Llama 2 and Mistral.
 KNOWN_TAGS = (
     TurnTags("USER:", "ASSISTANT:"),
-    TurnTags("<|im_start|>user", "<|im_start|>assistant", end="<|im_end|>"),
+    TurnTags("<|im_start|>user", "<|im_start|>assistant", end="<|im_end|>", system="<|im_start|>system"),
     TurnTags("[INST]", "[/INST]"),
 )
 
@@ -142,26 +146,26 @@ def tags_of_template(render: Callable[[list[dict[str, Any]], bool], str], specia
     # Some templates show the last message alone, some take texts and no parts, some must begin with a system message.
     for num_users, as_parts, has_system in product([2, 1], [True, False], [False, True]):
         chat = [("system", 0)] * has_system + [("user", 1), ("assistant", 2), ("user", 3)][: 2 * num_users - 1]
-        # A template that prints a list of parts as it is escapes the zeros, so that such a mark is not found.
-        marks = [f"\x00{number}\x00" for _, number in chat]
-        messages = [
-            {"role": role, "content": [{"type": "text", "text": mark}] if as_parts else mark}
-            for (role, _), mark in zip(chat, marks)
-        ]
+        around = partial(_around_marks, render, as_parts)
         # What stands before the first user's mark, behind it, before the second and behind that.
-        pieces = _pieces(render, messages, marks, True)[has_system:]
+        pieces = around(chat, True)[has_system:]
         if not pieces:
             continue
-        # What both turns have in common is the tag; the rest is a system prompt, or the end of an answer.
-        user = strip_tokens(commonprefix([piece[::-1] for piece in pieces[::2]])[::-1], specials)
-        after = commonprefix(pieces[1::2])
+        # Before the second user's mark stand the end of the answer and the tag.
+        before = pieces[-2]
+        if num_users == 2 and (answered := around(chat[:-1], False)):
+            before = before.removeprefix(answered[-1])
+        # What both turns have in common; what only the first has before it is a system prompt.
+        user = strip_tokens(commonprefix([pieces[0][::-1], before[::-1]])[::-1], specials)
         if not user:
             continue
-        first_turn = 1 + has_system
-        without_answer = _pieces(render, messages[:first_turn], marks[:first_turn], False)
-        end = commonprefix([after, without_answer[-1]]) if without_answer else ""
+        after = commonprefix(pieces[1::2])
+        unanswered = around(chat[: 1 + has_system], False)
+        end = commonprefix([after, unanswered[-1]]) if unanswered else ""
         assistant = after[len(end) :].strip()
-        return TurnTags(user, assistant, end.strip()) if assistant else TurnTags(user, end.strip())
+        with_system = around([("system", 0), ("user", 1)], True)
+        system = strip_tokens(with_system[0], specials) if with_system else ""
+        return TurnTags(user, assistant or end.strip(), end.strip() if assistant else "", system)
     return None
 
 
@@ -176,13 +180,19 @@ def strip_tokens(text: str, tokens: Sequence[str]) -> str:
         text = shorter
 
 
-def _pieces(
+def _around_marks(
     render: Callable[[list[dict[str, Any]], bool], str],
-    messages: list[dict[str, Any]],
-    marks: list[str],
+    as_parts: bool,
+    chat: list[tuple[str, int]],
     add_generation_prompt: bool,
 ) -> list[str]:
-    """What a template writes around marks; empty unless it writes every mark once, in order."""
+    """What a template writes around marks, one a message; empty unless it writes every mark once, in order."""
+    # A template that prints a list of parts as it is escapes the zeros, so that such a mark is not found.
+    marks = [f"\x00{number}\x00" for _, number in chat]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": mark}] if as_parts else mark}
+        for (role, _), mark in zip(chat, marks)
+    ]
     try:
         rest = render(messages, add_generation_prompt)
     except Exception:  # A template is code of somebody else, and raises what it likes about a chat it does not take.

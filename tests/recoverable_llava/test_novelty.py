@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from recoverable_llava.token_recovery import (
     ATTENTION_POWER,
     LIKENESS_WIDTH,

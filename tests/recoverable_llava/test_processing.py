@@ -315,6 +315,64 @@ def test_question_of_a_prompt_that_quotes_tags(processor, prompt, question, temp
     assert processor.find_question(prompt) == question
 
 
+# Ends of turns that belong to the user's tag or do not, tags in other places, and system prompts of several kinds.
+KINDS_OF_TURNS = {
+    "headers": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start|>' + m['role'] + '<|role|>\n\n' + m['content'] | trim }}"
+        "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|role|>\n\n' }}{% endif %}"
+    ),
+    "no system prompt": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "{{ '<turn>' + role + '\n' + m['content'] + '</turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+    ),
+    "turns that must alternate": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+        "{{ ' [INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}"
+        "{% endfor %}"
+    ),
+    "end token after each turn": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+    "instructions": (
+        "{% for m in messages %}{{ '### ' + {'user': 'Task', 'assistant': 'Response'}.get(m['role'], 'Context') }}"
+        "{{ ':\n' + m['content'] + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "nothing between turns": (
+        "{% for m in messages %}###{{ {'user': 'Human', 'assistant': 'AI', 'system': 'System'}[m['role']] }}: "
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}###AI:{% endif %}"
+    ),
+    "system prompt of its own": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "question", ["what is it ?", "whose (USER: 7) ?", "does ASSISTANT: say it ?", "is it [INST] ?"]
+)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("name", KINDS_OF_TURNS)
+def test_question_by_the_tags_of_any_template(processor, name, add_generation_prompt, question):
+    processor.chat_template = KINDS_OF_TURNS[name]
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": "USER: yes"}
+    system, first = {"role": "system", "content": "be USER: kind"}, {"role": "user", "content": "how many ?"}
+    chats = [[asked], [first, answered, asked], [system, asked], [system, first, answered, asked]]
+    if name in ("no system prompt", "turns that must alternate"):
+        chats = chats[:2]
+    for chat in chats:
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
+        assert processor.find_question(prompt) == question
+
+
 @pytest.mark.parametrize("template", ["tiny", "vicuna"])
 @pytest.mark.parametrize("num_turns", [1, 2])
 def test_question_of_a_prompt_that_was_decoded(pictures, template, num_turns):

@@ -227,7 +227,9 @@ def test_tags_begin_without_the_end_of_the_answer_before():
         turns = "".join(f"<s>[{message['role']}]{text_of(message)}[/]</s>" for message in messages)
         return turns + "<s>[assistant]" * add_generation_prompt
 
-    assert tags_of_template(render, ["<s>", "</s>"]) == TurnTags("[user]", "<s>[assistant]", end="[/]</s>")
+    assert tags_of_template(render, ["<s>", "</s>"]) == TurnTags(
+        "[user]", "<s>[assistant]", end="[/]</s>", system="[system]"
+    )
 
 
 def test_strip_tokens():

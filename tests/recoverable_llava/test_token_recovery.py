@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import LargestTensor
+from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 
 LOF = {"visual_lof_neighbors": 6, "text_lof_neighbors": 5, "merge_lof_neighbors": 4}
