@@ -117,7 +117,8 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
         """As stock, with the question and the budget among the options that name each image.
 
         Raises:
-            VLLMValidationError: for an unknown option, an impossible budget or an image too long for its width.
+            VLLMValidationError: for an unknown option, an impossible budget, an image too long for its width, or more
+                or fewer placeholders than images.
         """
         options = self.info.ctx.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs)
         unknown = sorted(set(options) - {BUDGET, "device", *SCOPES})
@@ -127,6 +128,14 @@ class RecoverableLlavaMultiModalProcessor(BaseMultiModalProcessor[RecoverableLla
                 parameter="mm_processor_kwargs",
             )
         _check_aspect_ratios(inputs.mm_data_items)
+        num_images = inputs.mm_data_items.get_count("image", strict=False)
+        num_placeholders = inputs.prompt.count(self.info.get_hf_config().image_token_index)
+        if num_placeholders != num_images:
+            raise VLLMValidationError(
+                f"The prompt has {num_placeholders} image placeholders for {num_images} images: write "
+                f"{self.info.get_hf_processor().image_token} once for each image, and nowhere else.",
+                parameter="prompt",
+            )
         options[BUDGET] = self.info.visual_token_budget(options)
         options[QUESTION] = self._find_question(inputs.prompt) if self.info.get_hf_config().compress else ""
         return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)

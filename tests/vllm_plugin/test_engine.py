@@ -237,3 +237,10 @@ def test_weights_of_every_layout_load(engine, layout):
         "language_model.model.embed_tokens.weight",
         "language_model.model.norm.weight",
     }
+
+
+@pytest.mark.parametrize("num_placeholders", [0, 2])
+def test_placeholders_must_match_the_images(engine, scenes, num_placeholders):
+    image, question, _ = scenes[0]
+    with pytest.raises(VLLMValidationError, match=f"{num_placeholders} image placeholders for 1 images"):
+        engine.generate([request(user_prompt(question, num_placeholders), [image])], use_tqdm=False)

@@ -121,6 +121,7 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server, reference, scen
         "budget 0": (good, budget(0)),
         "budget 1,000,000": (good, budget(1_000_000)),
         "budget as text": (good, budget("many")),
+        "a placeholder typed by the user": (user(url_part(scene), "<image> What is this?"), {}),
         "unknown option": (good, {"extra_body": {"mm_processor_kwargs": {"budget": 58}}}),
         "prompt too long": (user(url_part(scene), "What? " * 3000), {}),
         "visual tokens of another size": (user(image_embeds_part(torch.zeros(4, 3)), question), {}),
