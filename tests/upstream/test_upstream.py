@@ -1,0 +1,70 @@
+"""Upstream's own tests over our classes: what passes for stock passes for ours, but for what `DIFFERENCES` lists."""
+
+import unittest
+from typing import NamedTuple
+
+import pytest
+import subjects
+from transformers import set_seed
+
+
+class Difference(NamedTuple):
+    subjects: str  # which of ours differ
+    error: str  # what upstream's test says then
+    reason: str
+
+
+DIFFERENCES = {
+}
+
+
+class Outcome(NamedTuple):
+    kind: str  # "passes", "fails" or "is skipped"
+    details: str = ""
+
+
+def outcome_of(case: type[unittest.TestCase], name: str) -> Outcome:
+    set_seed(0)
+    result = unittest.TestResult()
+    unittest.TestSuite([case(name)]).run(result)  # a suite runs setUpClass, too
+    problems = [details for _, details in (*result.errors, *result.failures)]
+    if problems:
+        return Outcome("fails", "\n".join(problems))
+    if result.skipped:
+        return Outcome("is skipped", result.skipped[0][1])
+    assert result.testsRun == 1
+    return Outcome("passes")
+
+
+def names_of(kind: str) -> list[str]:
+    """Those of the control, and any that ours alone has."""
+    loader = unittest.TestLoader()
+    cases = [subjects.CONTROL[kind], *(cases[kind] for cases in subjects.SUBJECTS.values())]
+    return sorted({name for case in cases for name in loader.getTestCaseNames(case)})
+
+
+TESTS = [(kind, name) for kind in subjects.CONTROL for name in names_of(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), TESTS, ids=[f"{kind}-{name}" for kind, name in TESTS])
+def test_ours_does_what_stock_does(kind, name):
+    stock = outcome_of(subjects.CONTROL[kind], name)
+    assert stock.kind != "fails", f"The control fails, so this says nothing about ours:\n{stock.details}"
+    listed = DIFFERENCES.get(name)
+    problems = []
+    for subject, cases in subjects.SUBJECTS.items():
+        ours = outcome_of(cases[kind], name)
+        if listed is None or subject not in listed.subjects.split():
+            if ours.kind != stock.kind:
+                problems.append(f"stock {stock.kind}, ours ({subject}) {ours.kind}:\n{ours.details}")
+        elif ours.kind == stock.kind:
+            problems.append(f"ours ({subject}) {ours.kind} as stock does: take it off the list of differences")
+        elif listed.error not in ours.details:
+            problems.append(f"ours ({subject}) differs in another way than the list says:\n{ours.details}")
+    assert not problems, "\n\n".join(problems)
+    if stock.kind == "is skipped":
+        pytest.skip(stock.details)
+
+
+def test_listed_differences_are_those_of_tests_that_exist():
+    assert set(DIFFERENCES) <= {name for _, name in TESTS}
