@@ -72,7 +72,7 @@ checkpoint-code:
 
 # Everything that must hold before a version is tagged; see CONTRIBUTING.md.
 release-check: $(VENV)/.installed-app
-	$(PYTHON) docs/scripts/release_check.py
+	$(PYTHON) .ci/release_check.py
 
 # ----------------------------------------------------------------------------------------------------- environments
 

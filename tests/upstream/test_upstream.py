@@ -14,7 +14,35 @@ class Difference(NamedTuple):
     reason: str
 
 
+# Whatever differs without standing here is a fault, and so is what stands here and does not differ any more.
 DIFFERENCES = {
+    "test_retain_grad_hidden_states_attentions": Difference(
+        "adaptive budget",
+        "assertIsNotNone(hidden_states.grad)",
+        "Hidden states come back in the original numbering: copies, through which the output did not go.",
+    ),
+    "test_can_init_all_missing_weights": Difference(
+        "off adaptive budget",
+        "not properly handled in `_init_weights()`",
+        "In models of remote code transformers draws weights that a checkpoint lacks layer by layer, without the "
+        "scales of CLIP. Our checkpoints lack none.",
+    ),
+    "test_create_and_test_config_from_and_save_pretrained_composite": Difference(
+        "off adaptive budget",
+        "self.parent.assertEqual(sub_config_loaded_dict, general_config_dict[sub_config_key])",
+        "`CLIPTextConfig.from_pretrained` reads the key text_config, which is the language model's in a LLaVA. The "
+        "question's is question_config.",
+    ),
+    "test_processor_from_and_save_pretrained": Difference(
+        "off adaptive budget",
+        "'auto_map': {'AutoProcessor'",
+        "transformers writes auto_map for remote code when it saves a processor, and leaves it out when it loads one.",
+    ),
+    "test_processor_from_and_save_pretrained_as_nested_dict": Difference(
+        "off adaptive budget",
+        "'auto_map': {'AutoProcessor'",
+        "As above.",
+    ),
 }
 
 
