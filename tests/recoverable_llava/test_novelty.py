@@ -14,6 +14,9 @@ from recoverable_llava.token_recovery import (
 )
 
 
+pytestmark = pytest.mark.algorithm
+
+
 def slow_novelty(scores, features, valid):
     """Distance to the nearest valid patch with a higher score (an earlier one, if equal); 2 for the best."""
     unit = torch.nn.functional.normalize(features.double(), dim=-1)

@@ -18,6 +18,8 @@ from recoverable_llava.prompt_shortening import (
 )
 
 
+pytestmark = pytest.mark.algorithm
+
 IMAGE, PADDING, PER_IMAGE = 900, 901, 5
 
 

@@ -14,6 +14,8 @@ from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, sel
 from recoverable_llava.local_outlier_factor import local_outlier_factor
 
 
+pytestmark = pytest.mark.algorithm
+
 LOF = {"visual_lof_neighbors": 6, "text_lof_neighbors": 5, "merge_lof_neighbors": 4}
 
 
@@ -350,6 +352,7 @@ def run_case(case, rows=slice(None)):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=4000, deadline=None, derandomize=True)
 @given(cases())
 def test_any_result_is_well_formed(case):
