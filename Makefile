@@ -65,10 +65,12 @@ docs: $(VENV)/.installed-app
 # The pictures in README and docs, from the embedded checkpoint.
 pictures: $(VENV)/.installed
 	$(PYTHON) docs/scripts/pictures.py
+	$(PYTHON) docs/scripts/architecture.py
 
 # The remote code of the embedded checkpoint is that of the package, byte for byte.
 checkpoint-code:
-	for file in checkpoints/tiny/*.py; do cp recoverable_llava/$$(basename $$file) $$file; done
+	rm -f checkpoints/tiny/*.py
+	cp $(filter-out %/__init__.py,$(wildcard recoverable_llava/*.py)) checkpoints/tiny/
 
 # Everything that must hold before a version is tagged; see CONTRIBUTING.md.
 release-check: $(VENV)/.installed-app

@@ -134,7 +134,7 @@ class RecoverableGenerationMixin(nn.Module):
         outputs, short = self.model(**inputs, **ours, compress=compress, keep_short=True, return_dict=True, **kwargs)
         logits, short_logits = self._logits(outputs.last_hidden_state, short, logits_to_keep)
         loss = None
-        if labels is not None or shift_labels is not None:
+        if labels is not None:
             if shift_labels is not None:  # what each position is to predict: the label of the next one
                 labels = torch.cat([torch.full_like(shift_labels[:, :1], -100), shift_labels[:, :-1]], dim=1)
             ids = input_ids if input_ids is not None else self.model.ids_of_embeds(inputs_embeds)

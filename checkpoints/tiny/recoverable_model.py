@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import CompressedHistory, mask_of_new_tokens, uncompressed_history
@@ -342,7 +344,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         vision_features: VisionFeatures | None = None,
         compress: bool | None = None,
         keep_short: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """As stock, with the surplus placeholders dropped before the language model.
 

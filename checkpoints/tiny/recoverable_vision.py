@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .clip_scores import ReadableEncoderLayer, class_attention, read_layer, relevance_embeddings
@@ -385,7 +386,7 @@ class RecoverableVisionMixin(nn.Module):
         question_attention_mask: torch.Tensor | None = None,
         question_embeds: torch.Tensor | None = None,
         settings: SimpleNamespace | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """As stock; with `visual_token_budget`, `pooler_output` has exactly that many tokens for each image.
 

@@ -64,7 +64,7 @@ def main() -> None:
         style = "round,pad=0.02,rounding_size=0.12"
         axes.add_patch(FancyBboxPatch((left, bottom), WIDTH, HEIGHT, style, fc=ROOMS[room][0], ec=QUIET, lw=1))
         middle = left + WIDTH / 2
-        axes.text(middle, bottom + 1.26, title, ha="center", va="center", fontsize=13.5, weight="bold", color=INK)
+        axes.text(middle, bottom + 1.26, title, ha="center", va="center", fontsize=12, weight="bold", color=INK)
         axes.text(middle, bottom + 0.82, yields, ha="center", va="center", fontsize=10.5, color=INK)
         axes.text(middle, bottom + 0.28, file, ha="center", va="center", fontsize=8.5, color=QUIET, family="monospace")
     for start, end in ARROWS:
