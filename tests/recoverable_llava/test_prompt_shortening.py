@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from recoverable_llava.prompt_shortening import (
     CompressedHistory,
     locate_placeholders,
