@@ -70,6 +70,7 @@ class RecoverableLlavaConfig(RecoverySettingsMixin, LlavaConfig):
     """
 
     model_type = "recoverable_llava"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sub_configs = {**LlavaConfig.sub_configs, "question_config": CLIPTextConfig}
 
     question_config: Any = None

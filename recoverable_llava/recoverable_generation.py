@@ -11,6 +11,7 @@ B prompts, L tokens of the original prompt, S of the short one, D size of an emb
 """
 
 import copy
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompressed_history
 from .original_prompt import GenerationPrompt
 from .recoverable_model import ImageInputs, check_placeholder_count
-from .recoverable_vision import Recovery, VisionFeatures
+from .recoverable_vision import Recovery, VisionFeatures, true_names
 from .short_prompt import ShortPrompt, locate_placeholders
 from .transformers_names import CACHE, cache_of, the_cache
 
@@ -45,6 +46,14 @@ class RecoverableGenerationMixin(nn.Module):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        inner = f"{prefix}.model" if prefix else "model"
+        yield from true_names(self.model, super().named_parameters(prefix, *args, **kwargs), inner)
+
+    def named_buffers(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        inner = f"{prefix}.model" if prefix else "model"
+        yield from true_names(self.model, super().named_buffers(prefix, *args, **kwargs), inner)
 
     def get_question_embeds(self, question_input_ids: torch.Tensor) -> torch.Tensor:
         """See `RecoverableVisionMixin.get_question_embeds`."""
@@ -80,6 +89,7 @@ class RecoverableGenerationMixin(nn.Module):
         question_embeds: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         vision_features: VisionFeatures | None = None,
+        compress: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As stock, with the arguments of `RecoverableModelMixin.forward`.
@@ -107,15 +117,19 @@ class RecoverableGenerationMixin(nn.Module):
             "question_embeds": question_embeds,
             "vision_features": vision_features,
         }
-        has_images = vision_features is not None or (pixel_values is not None and self.config.compress)
+        # Read once: another thread may change it before the inner model looks.
+        compress = self.config.compress if compress is None else compress
+        has_images = vision_features is not None or (pixel_values is not None and compress)
         if not has_images and not hasattr(cache, HISTORY):
             if visual_embeds is not None:
                 inputs["visual_embeds"] = visual_embeds
+            if pixel_values is not None:
+                inputs["compress"] = False
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
 
         shift_labels = kwargs.pop("shift_labels", None)
         num_items = kwargs.pop("num_items_in_batch", None)
-        outputs, short = self.model(**inputs, **ours, keep_short=True, return_dict=True, **kwargs)
+        outputs, short = self.model(**inputs, **ours, compress=compress, keep_short=True, return_dict=True, **kwargs)
         logits, short_logits = self._logits(outputs.last_hidden_state, short, logits_to_keep)
         loss = None
         if labels is not None or shift_labels is not None:
@@ -273,6 +287,8 @@ class RecoverableGenerationMixin(nn.Module):
         if is_ready or (is_off and not has_history):
             if settings.compress and images is None and cache is None and not is_ready:
                 self._refuse_placeholders_without_images(input_ids, kwargs)
+            if images is not None:
+                kwargs["compress"] = False
             return super().generate(inputs, **options, **kwargs)
 
         for name in ("input_ids", "pixel_values", "vision_features", *IMAGE_OPTIONS):
@@ -286,7 +302,8 @@ class RecoverableGenerationMixin(nn.Module):
             if inputs_embeds is None:
                 return super().generate(ids, visual_embeds=visual_embeds, **options, **kwargs)
             embeds = self.model.embed(ids, visual_embeds, inputs_embeds)
-            return super().generate(inputs, inputs_embeds=embeds, **options, **kwargs)
+            given = {} if input_ids is None else {"input_ids": input_ids}
+            return super().generate(inputs_embeds=embeds, **given, **options, **kwargs)
 
         if is_new and kwargs.get("attention_mask") is None and input_ids is not None:
             kwargs["attention_mask"] = self._mask_of_padding(input_ids, generation_config, kwargs)

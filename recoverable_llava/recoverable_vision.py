@@ -15,8 +15,9 @@ patches are neighbours. To choose tokens in another way, override `select` and `
 I images, R questions, N patches, C channels, K kept tokens, T question tokens, D size of an embedding.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,13 @@ from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if
 
 
 logger = logging.get_logger(__name__)
+
+# Of each thread, whether a stock forward is running in it: that asks `get_image_features` for the features of all
+# patches, and has no way to say so.
+_stock_forward = threading.local()
+
+# What this adds to a model. Nothing of it is ever trained: a selection has no gradient.
+FROZEN = ("question_tower", "visual_projection")
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Recovery:
 class RecoverableVisionMixin(nn.Module):
     """The steps above, for a model that has `vision_tower`, `multi_modal_projector` and a config of its family."""
 
+    _no_split_modules = [ReadableEncoderLayer.__name__]
     stock_name: str  # of the stock class whose checkpoints these are
     config: Any
     vision_tower: nn.Module
@@ -107,19 +116,55 @@ class RecoverableVisionMixin(nn.Module):
             register_checkpoint_layouts(cls.__name__, like=cls.stock_name)
 
     def add_recovery(self) -> None:
-        """Build what stock lacks; for the end of a family's `__init__`.
-
-        Nothing of it is ever trained: the selection has no gradient.
-        """
+        """Build what stock lacks; for the end of a family's `__init__`."""
         warn_if_untested()
         config = self.config
         encoder = encoder_of(self.vision_tower).encoder
         encoder.layers = nn.ModuleList(ReadableEncoderLayer(self.vision_tower.config) for _ in encoder.layers)
-        self.question_tower = CLIPTextModelWithProjection._from_config(config.question_config)
-        self.visual_projection = nn.Linear(
+        question_tower = CLIPTextModelWithProjection._from_config(config.question_config)
+        visual_projection = nn.Linear(
             config.vision_config.hidden_size, config.question_config.projection_dim, bias=False
         )
+        self.question_tower = FrozenLinear.replace_in(question_tower)
+        self.visual_projection = FrozenLinear.replace_in(visual_projection)
         self.post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        for name in FROZEN:
+            getattr(self, name).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; what is never trained stays frozen, also behind `from_pretrained`, which thaws what it loads."""
+        self.freeze()
+        return super().train(mode)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch, but what is never trained goes by a number.
+
+        Tools that adapt layers by their names (PEFT, and scripts around it) then find those alone which a loss reaches.
+        """
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, child in self.named_children():
+            inner = f"{prefix}.{name}" if prefix else name
+            if name in FROZEN:
+                for number, (_, module) in enumerate(child.named_modules(memo, inner, remove_duplicate)):
+                    yield f"{inner}.{number}" if number else inner, module
+            else:
+                yield from child.named_modules(memo, inner, remove_duplicate)
+
+    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from true_names(self, super().named_parameters(prefix, *args, **kwargs), prefix)
+
+    def named_buffers(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from true_names(self, super().named_buffers(prefix, *args, **kwargs), prefix)
 
     # -------------------------------------------------------------------------------------------- what a family decides
 
@@ -339,6 +384,7 @@ class RecoverableVisionMixin(nn.Module):
         question_input_ids: torch.Tensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
         question_embeds: torch.Tensor | None = None,
+        settings: SimpleNamespace | None = None,
         **kwargs: Any,
     ) -> Any:
         """As stock; with `visual_token_budget`, `pooler_output` has exactly that many tokens for each image.
@@ -346,6 +392,7 @@ class RecoverableVisionMixin(nn.Module):
         Args:
             question_input_ids, question_attention_mask, question_embeds: one row per *image* here, as there is no
                 prompt to tell which image belongs to which question. Without them class attention chooses alone.
+            settings: the hyperparameters of a call that has read them already; the config's by default.
         """
         options: dict[str, Any] = {
             "vision_feature_layer": vision_feature_layer,
@@ -353,7 +400,9 @@ class RecoverableVisionMixin(nn.Module):
         }
         if image_sizes is not None:
             options["image_sizes"] = image_sizes
-        settings = self.config.recovery_settings()
+        if settings is None:
+            is_stock = not torch.compiler.is_compiling() and getattr(_stock_forward, "is_running", False)
+            settings = self.config.recovery_settings(compress=False if is_stock else None)
         if not settings.compress or settings.visual_token_budget is None:
             return super().get_image_features(pixel_values, **options, **kwargs)
         outputs, vision = self.encode_images(
@@ -364,6 +413,49 @@ class RecoverableVisionMixin(nn.Module):
         )
         outputs.pooler_output = list(self.budget_tokens(vision, questions, settings))
         return outputs
+
+
+@contextmanager
+def stock_forward() -> Iterator[None]:
+    """In this thread, whatever the config says meanwhile, `get_image_features` gives the features of all patches."""
+    _stock_forward.is_running = True
+    try:
+        yield
+    finally:
+        _stock_forward.is_running = False
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer that is no `nn.Linear` to tools that look for layers to adapt or to quantise."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(values, self.weight, self.bias)
+
+    @classmethod
+    def replace_in(cls, module: nn.Module) -> nn.Module:
+        """The module, with each of its linear layers, or itself, as a frozen one."""
+        if isinstance(module, nn.Linear):
+            return cls(module)
+        for name, child in module.named_children():
+            setattr(module, name, cls.replace_in(child))
+        return module
+
+
+def true_names(vision: Any, members: Iterator[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Parameters or buffers with the names that they have in a state dict: see `named_modules`."""
+    names = {}
+    for frozen in FROZEN:
+        tower = getattr(vision, frozen, None)
+        if tower is None:  # while the stock model in front of it is built
+            continue
+        for kind in (tower.named_parameters, tower.named_buffers):
+            names.update({id(tensor): name for name, tensor in kind(f"{prefix}.{frozen}" if prefix else frozen)})
+    for name, tensor in members:
+        yield names.get(id(tensor), name), tensor
 
 
 def check_question_rows(num_rows: int, **question_inputs: torch.Tensor | None) -> None:

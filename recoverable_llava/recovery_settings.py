@@ -56,13 +56,17 @@ class RecoverySettingsMixin(RecoverySettings):
         """How many visual tokens besides patches an image has: the class token under the `"full"` strategy."""
         return int(self.vision_feature_select_strategy == "full")  # type: ignore[attr-defined]
 
-    def recovery_settings(self) -> RecoverySettings:
+    def recovery_settings(self, compress: bool | None = None) -> RecoverySettings:
         """The fields above as they are now, checked: what one call of the model goes by.
+
+        Args:
+            compress: in place of the field.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
         settings = RecoverySettings(**{name: getattr(self, name) for name in RecoverySettings.__dataclass_fields__})
+        settings.compress = settings.compress if compress is None else compress
         if settings.compress is not False:
             check_settings(settings, self)
         return settings

@@ -11,6 +11,7 @@ A cache that a compressed prompt left behind carries a `CompressedHistory`, so t
 B prompts, I images, L tokens of the original prompt, S of the short one, N patches, K kept tokens, D embedding size.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import SimpleNamespace
@@ -21,7 +22,14 @@ from transformers import Cache
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import CompressedHistory, mask_of_new_tokens, uncompressed_history
-from .recoverable_vision import Questions, RecoverableVisionMixin, Recovery, VisionFeatures, check_question_rows
+from .recoverable_vision import (
+    Questions,
+    RecoverableVisionMixin,
+    Recovery,
+    VisionFeatures,
+    check_question_rows,
+    stock_forward,
+)
 from .selection import Selection
 from .short_prompt import (
     Placeholders,
@@ -171,7 +179,9 @@ class RecoverableModelMixin(RecoverableVisionMixin):
                 name: None if rows is None else rows[placeholders.row_of_image.to(rows.device)]
                 for name, rows in question_inputs.items()
             }
-            features = self.get_image_features(images.pixel_values, **images.options, **of_image, return_dict=True)
+            features = self.get_image_features(
+                images.pixel_values, **images.options, **of_image, settings=settings, return_dict=True
+            )
             last_hidden_state, tokens = features.last_hidden_state, torch.stack(list(features.pooler_output))
         else:
             questions = self.questions_of(placeholders, len(input_ids), question_inputs)
@@ -330,6 +340,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         question_embeds: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         vision_features: VisionFeatures | None = None,
+        compress: bool | None = None,
         keep_short: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -346,6 +357,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
             visual_embeds: [B, S, D] visual tokens aligned with `input_ids`, which are then short already. Used by
                 `generate`.
             vision_features: from `get_vision_features`, instead of `pixel_values`: one image, many questions.
+            compress: instead of the config's, for this call.
             keep_short: leave `last_hidden_state` in the short numbering, and return the `ShortPrompt` behind the
                 outputs: what runs over every position then runs over the short prompt.
 
@@ -367,18 +379,19 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         }
         images = ImageInputs.of(pixel_values, vision_features, **options)
         history = CompressedHistory.of(cache)
-        settings: Any = None if images is None else self.config.recovery_settings()
+        settings: Any = None if images is None else self.config.recovery_settings(compress)
         is_off = images is None or (not settings.compress and vision_features is None)
         if history is None and (is_off or kwargs.get("mm_encoder_outputs")):
-            outputs = super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **{name: value for name, value in options.items() if value is not None},
-                **stock,
-            )
+            with nullcontext() if images is None or torch.compiler.is_compiling() else stock_forward():
+                outputs = super().forward(
+                    input_ids=input_ids,
+                    pixel_values=pixel_values,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                    **{name: value for name, value in options.items() if value is not None},
+                    **stock,
+                )
             return (outputs, ShortPrompt.unchanged(outputs.last_hidden_state[..., 0].long())) if keep_short else outputs
 
         ids = self._ids(input_ids, inputs_embeds, images)

@@ -6,11 +6,9 @@
 
 Every model argument that names a field of the configuration is set there, so that `compress=False` gives the row with
 all tokens and `visual_token_budget=64` or `lof_threshold=2.0` any other. Mean tokens per image and the selector's time
-are logged next to lmms-eval's throughput. The question that guides the selection is the prompt without the lines that
-only say how to answer.
+are logged next to lmms-eval's throughput. The processor finds the question that guides, as in any other call.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,10 +22,6 @@ from lmms_eval.utils import Collator
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-
-# Lines of lmms-eval's prompts that say how to answer: "Answer the question using a single word or phrase.", ...
-_INSTRUCTION = re.compile(r"^\s*(please )?(answer\b|respond\b|your response\b)", re.IGNORECASE)
 
 
 class RecoverableLlavaForLmmsEval(lmms):
@@ -145,20 +139,18 @@ class RecoverableLlavaForLmmsEval(lmms):
         return list(zip(means.tolist(), greedy.tolist(), strict=True))
 
     def _inputs(self, contexts: tuple[str, ...] | list[str], visuals: list[list[Image.Image]]) -> dict[str, Any]:
-        prompts, images = [], []
+        chats = []
         for context, pictures in zip(contexts, visuals, strict=True):
-            pictures = [picture.convert("RGB") for picture in pictures or []]
+            images = [{"type": "image", "image": picture.convert("RGB")} for picture in pictures or []]
             text = {"type": "text", "text": context.replace(self.processor.image_token, "").strip()}
-            content = [*({"type": "image"} for _ in pictures), text]
-            messages = [{"role": "user", "content": content}]
-            prompts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
-            images += pictures
-        inputs = self.processor(
-            images=images or None,
-            text=prompts,
-            questions=[guiding_question(context) for context in contexts],
-            padding=True,
+            chats.append([{"role": "user", "content": [*images, text]}])
+        inputs = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
             return_tensors="pt",
+            processor_kwargs={"padding": True},
         ).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -204,13 +196,6 @@ class Meter:
         self.num_calls += 1
         self.num_images += len(selection.num_tokens)
         self.num_tokens += int(selection.num_tokens.sum())
-
-
-def guiding_question(context: str) -> str:
-    """A prompt without image tokens and without the lines that only say how to answer; all of it if nothing else."""
-    lines = [line.strip() for line in context.replace("<image>", "").splitlines() if line.strip()]
-    question = " ".join(line for line in lines if not _INSTRUCTION.match(line))
-    return question or " ".join(lines)
 
 
 def generation_options(options: dict[str, Any]) -> dict[str, Any]:

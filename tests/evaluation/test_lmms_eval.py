@@ -13,7 +13,6 @@ pytest.importorskip("lmms_eval")
 from evaluation.lmms_eval_plugin.model import (  # noqa: E402
     RecoverableLlavaForLmmsEval,
     generation_options,
-    guiding_question,
     until_stop,
 )
 from evaluation.lmms_eval_tasks.__main__ import write_tasks  # noqa: E402
@@ -62,9 +61,29 @@ def test_log_likelihood_agrees_with_a_forward_pass(model, pictures):
         assert is_greedy == bool((logits.argmax(-1) == ids).all())
 
 
-def test_question_without_instructions():
-    assert guiding_question("<image>\nIs it red?\nAnswer the question using a single word.") == "Is it red?"
-    assert guiding_question("Answer yes.") == "Answer yes."
+@pytest.mark.parametrize(
+    "context, question",
+    [
+        ("<image>\nIs it red?\nAnswer the question using a single word.", "Is it red?"),
+        ("Whose is it (asked by USER: 7) ?\nA. red\nB. blue", "Whose is it (asked by USER: 7) ? A. red B. blue"),
+        ("Answer yes.", "Answer yes."),
+        ("", ""),
+    ],
+)
+def test_the_question_is_that_of_an_ordinary_call(model, pictures, context, question):
+    """The context without the lines that only say how to answer; nothing else about the prompt differs."""
+    picture, processor = pictures[0], model.processor
+    inputs = model._inputs([context], [[picture]])
+    text = context.replace("<image>", "").strip()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ordinary = processor(images=picture, text=prompt, return_tensors="pt")
+    assert set(inputs) == set(ordinary)
+    assert all(torch.equal(inputs[name], ordinary[name]) for name in inputs)
+    assert torch.equal(inputs["question_input_ids"], processor.question_inputs([question], "pt")["question_input_ids"])
+
+
+def test_options_of_generation():
     assert generation_options({"temperature": 0, "top_p": 1.0}) == {
         "max_new_tokens": 128, "num_beams": 1, "do_sample": False
     }  # fmt: skip

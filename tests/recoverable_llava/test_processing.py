@@ -9,9 +9,10 @@ import tiny
 import torch
 from transformers import AutoProcessor, LlavaProcessor
 
-from recoverable_llava import RecoverableLlavaProcessor
+from recoverable_llava import RecoverableLlavaProcessor, question_processor
 
 
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
 QUESTIONS = ("question_input_ids", "question_attention_mask")
 LLAMA_2_TEMPLATE = (
     "{% for message in messages %}"
@@ -235,6 +236,221 @@ def test_llava_prompts_work_under_any_template(processor, template):
     processor.chat_template = TEMPLATES[template]
     prompt = "A chat of a dog. USER: <image>\nwhat is it ? ASSISTANT:"
     assert processor.find_question(prompt) == "what is it ?"
+
+
+# Nobody asked for the template where the prompt is written already, so it may be as it likes.
+ODD_TEMPLATES = {
+    "takes strings alone": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
+    "prints content as it is": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}",
+    "wants a system message": "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+    "shows the last message only": "USER: {{ messages[-1]['content'][0]['text'] }} ASSISTANT:",
+    "a dict without a default": {"one": tiny.CHAT_TEMPLATE, "two": CHATML_TEMPLATE},
+    "an empty dict": {},
+    "an empty string": "",
+    "is no template": "{% for",
+    "says nothing": "hello",
+    "fails": "{{ raise_exception('never') }}",
+    "calls what is not there": "{{ no_such_function() }}",
+    "prints no roles": "{{ messages[0]['content'] }}",
+    "wants an image": "{{ messages[0]['content'][0]['image'] }}{{ messages[0]['content'][1]['text'] }}",
+}
+
+
+@pytest.mark.parametrize("where", ["processor", "tokenizer"])
+@pytest.mark.parametrize("name", ODD_TEMPLATES)
+def test_a_written_prompt_needs_no_template(processor, stock_processor, pictures, name, where):
+    for each in (processor, stock_processor):
+        each.chat_template = None
+        (each if where == "processor" else each.tokenizer).chat_template = ODD_TEMPLATES[name]
+    for prompt in (
+        "USER: <image>\nwhat is it ? ASSISTANT:",
+        "<|im_start|>user\n<image>\nwhat is it ?<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] <image>\nwhat is it ? [/INST]",
+        "<image>\nwhat is it ?",
+    ):
+        theirs = stock_processor(images=pictures[0], text=prompt, return_tensors="pt")
+        ours = processor(images=pictures[0], text=prompt, return_tensors="pt")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert questions_of(processor, ours) == ["what is it ?"]
+
+
+@pytest.mark.parametrize("template", ["{role}: {content}\n", "### {role}\n{content}\n"])
+@pytest.mark.parametrize("where", ["processor", "tokenizer", "one of several"])
+def test_tags_are_those_of_the_template_wherever_it_is(processor, template, where):
+    """Of strings alone, from a system message on, and by whatever name it has."""
+    start, end = (template.format(role="' + m['role'] + '", content="|").replace("\n", "\\n")).split("|")
+    jinja = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}{% for m in messages %}"
+        f"{{{{ '{start}' + m['content'] + '{end}' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}" + template.format(role="assistant", content="") + "{% endif %}"
+    )
+    templates = {"processor": (jinja, None), "tokenizer": (None, jinja), "one of several": ({"a": jinja}, None)}
+    processor.chat_template, processor.tokenizer.chat_template = templates[where]
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "<image>\nhow many ?"}]
+    chat += [{"role": "assistant", "content": "two"}, {"role": "user", "content": "what is it ?"}]
+    prompt = processor.apply_chat_template(chat, chat_template=jinja, add_generation_prompt=True)
+    assert "what is it ?" in prompt and processor.find_question(prompt) == "what is it ?"
+
+
+QUOTATIONS = {
+    "USER: <image>\nwhose is it (asked by USER: 7) ? ASSISTANT:": "whose is it (asked by USER: 7) ?",
+    "USER: <image>\nwhat does ASSISTANT: mean ? ASSISTANT:": "what does ASSISTANT: mean ?",
+    "USER: <image>\nASSISTANT: is what ? ASSISTANT:": "ASSISTANT: is what ?",
+    "USER: <image>\nare 'USER:' and 'ASSISTANT:' roles ? ASSISTANT:": "are 'USER:' and 'ASSISTANT:' roles ?",
+    "<|im_start|>user\n<image>\nis USER: 7 a cat ?<|im_end|>\n<|im_start|>assistant\n": "is USER: 7 a cat ?",
+    "<s>[INST] <image>\nis USER: 7 a cat ? [/INST]": "is USER: 7 a cat ?",
+    "The USER: is kind . USER: <image>\nwhat is it ? ASSISTANT:": "what is it ?",
+    "USER : <image> what is it ? ASSISTANT :": "what is it ?",
+    "<s> USER : " + "<image> " * 36 + "what is it ? ASSISTANT : ": "what is it ?",
+    "<pad><pad><s>USER: <image>\nwhat is it ? ASSISTANT:": "what is it ?",
+    "USER: <image>\nwhat is it ? ASSISTANT:</s><pad><pad>": "what is it ?",
+    "USER: <image>\nIs it red?\nAnswer the question using a single word or phrase. ASSISTANT:": "Is it red?",
+}
+
+
+@pytest.mark.parametrize("prompt, question", QUOTATIONS.items())
+@pytest.mark.parametrize("template", [*TEMPLATES, None])
+def test_question_of_a_prompt_that_quotes_tags(processor, prompt, question, template):
+    processor.chat_template = TEMPLATES.get(template)
+    assert processor.find_question(prompt) == question
+
+
+# Ends of turns that belong to the user's tag or do not, tags in other places, and system prompts of several kinds.
+KINDS_OF_TURNS = {
+    "headers": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start|>' + m['role'] + '<|role|>\n\n' + m['content'] | trim }}"
+        "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|role|>\n\n' }}{% endif %}"
+    ),
+    "no system prompt": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "{{ '<turn>' + role + '\n' + m['content'] + '</turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+    ),
+    "turns that must alternate": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+        "{{ ' [INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}"
+        "{% endfor %}"
+    ),
+    "end token after each turn": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+    "instructions": (
+        "{% for m in messages %}{{ '### ' + {'user': 'Task', 'assistant': 'Response'}.get(m['role'], 'Context') }}"
+        "{{ ':\n' + m['content'] + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "nothing between turns": (
+        "{% for m in messages %}###{{ {'user': 'Human', 'assistant': 'AI', 'system': 'System'}[m['role']] }}: "
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}###AI:{% endif %}"
+    ),
+    "system prompt of its own": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "question", ["what is it ?", "whose (USER: 7) ?", "does ASSISTANT: say it ?", "is it [INST] ?"]
+)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("name", KINDS_OF_TURNS)
+def test_question_by_the_tags_of_any_template(processor, name, add_generation_prompt, question):
+    processor.chat_template = KINDS_OF_TURNS[name]
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": "USER: yes"}
+    system, first = {"role": "system", "content": "be USER: kind"}, {"role": "user", "content": "how many ?"}
+    chats = [[asked], [first, answered, asked], [system, asked], [system, first, answered, asked]]
+    if name in ("no system prompt", "turns that must alternate"):
+        chats = chats[:2]
+    for chat in chats:
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
+        assert processor.find_question(prompt) == question
+
+
+@pytest.mark.parametrize("template", ["tiny", "vicuna"])
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_question_of_a_prompt_that_was_decoded(pictures, template, num_turns):
+    """What an engine has that is given token ids. This tokenizer puts a space between any two words: "USER :"."""
+    processor = RecoverableLlavaProcessor.from_pretrained(CHECKPOINT)
+    processor.chat_template = TEMPLATES[template]
+    chat = [message("user", "how many circles ?", "picture"), message("assistant", "two")] * (num_turns - 1)
+    chat += [message("user", "what is left of the red circle ?", "picture")]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor(images=[pictures[:num_turns]], text=[prompt])["input_ids"][0]
+    decoded = processor.tokenizer.decode(ids)
+    assert "USER :" in decoded and "USER:" not in decoded
+    assert processor.find_question(decoded) == "what is left of the red circle ?"
+
+
+def test_chats_and_prompts_ask_the_same(processor, pictures):
+    """Also where a benchmark says how to answer, and where the image stands in the text."""
+    text = "Is it red?\nAnswer the question using a single word or phrase."
+    expected, as_it_is = (processor.question_inputs([question], "pt") for question in ("Is it red?", text))
+    for content in (message("user", text, pictures[0])["content"], f"<image>\n{text}"):
+        chat = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(chat)
+        assert processor.find_question(prompt) == processor.find_question_in_chat(chat) == "Is it red?"
+        inputs = processor(images=pictures[0], text=prompt, return_tensors="pt")
+        named = processor(images=pictures[0], text=prompt, questions=[text], return_tensors="pt")
+        assert all(torch.equal(inputs[name], expected[name]) for name in QUESTIONS)
+        # What is asked for by name is taken as it is.
+        assert all(torch.equal(named[name], as_it_is[name]) for name in QUESTIONS)
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([message("user", text, pictures[0])], **settings)
+    assert all(torch.equal(inputs[name], expected[name]) for name in QUESTIONS)
+
+
+@pytest.fixture
+def warnings_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(question_processor.logger, "warning_once", said.append)
+    return said
+
+
+def test_a_missing_question_is_said(processor, pictures, warnings_said):
+    settings = {"tokenize": True, "return_dict": True}
+    silent = {"role": "user", "content": [{"type": "image", "image": pictures[0]}]}
+    for call in (
+        lambda: processor(images=pictures[0], text="USER: <image>\n ASSISTANT:"),
+        lambda: processor(images=pictures[0], text="<image>"),
+        lambda: processor(images=pictures[:2], text=["USER: <image>\nwhy ?", "<image>"]),
+        lambda: processor.apply_chat_template([silent], **settings),
+    ):
+        call()
+        assert len(warnings_said) == 1 and "No question was found in a prompt that has images" in warnings_said.pop()
+    processor(images=pictures[0], text="USER: <image>\nwhy ? ASSISTANT:")
+    processor(images=pictures[0], text="USER: <image>\n ASSISTANT:", questions=[""])
+    processor.apply_chat_template([silent], **settings, questions=[""])
+    processor.apply_chat_template([silent])
+    processor(images=[[pictures[0]], []], text=["USER: <image>\nwhy ? ASSISTANT:", ""])
+    assert warnings_said == []
+
+
+def test_questions_without_prompts(processor, model, pictures):
+    """What engines ask for that encode images apart from prompts."""
+    questions = ["what is it ?", "", "  "]
+    rows = processor.question_inputs(questions, return_tensors="pt")
+    assert set(rows) == set(QUESTIONS) and rows["question_input_ids"].shape == (3, 77)
+    assert rows["question_attention_mask"].any(1).tolist() == [True, False, False]
+    with_images = processor(images=pictures[:3], questions=questions, return_tensors="pt")
+    with_prompts = processor(
+        images=pictures[:3], text=["<image>"] * 3, questions=questions, padding=True, return_tensors="pt"
+    )
+    assert set(with_images) == {"pixel_values", *QUESTIONS}
+    for name in QUESTIONS:
+        assert torch.equal(with_images[name], rows[name]) and torch.equal(with_prompts[name], rows[name])
+    assert isinstance(processor.question_inputs(["why ?"])["question_input_ids"], list)
+
+
+def test_a_question_must_be_a_string(processor):
+    with pytest.raises(ValueError, match=r"questions\[1\] is None: pass a string, which may be empty"):
+        processor(text=["a photo", "a cat"], questions=["one", None])
 
 
 def test_questions_override_what_the_prompt_says(processor, pictures):

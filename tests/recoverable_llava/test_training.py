@@ -103,3 +103,128 @@ def test_lora(model, processor, pictures, tmp_path):
     weights = merged.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in reloaded.state_dict().items())
     assert torch.allclose(reloaded(**inputs).logits, merged(**inputs).logits, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- targets that count
+
+
+def copied_labels(inputs):
+    """What public notebooks do: the ids again, padding alone left out, placeholders not."""
+    return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+
+class Rows(Dataset):
+    """Rows of a processed batch, in a given order."""
+
+    def __init__(self, inputs):
+        self.inputs = {**inputs, "labels": copied_labels(inputs)}
+
+    def __len__(self):
+        return len(self.inputs["input_ids"])
+
+    def __getitem__(self, row):
+        return {name: value[row] for name, value in self.inputs.items()}
+
+
+class Remembering(Trainer):
+    """Keeps the gradient of every step."""
+
+    gradient = None
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.gradient = self.model.lm_head.weight.grad.clone()
+        return loss
+
+
+def trained_once(model, data, tmp_path, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        report_to=[],
+        logging_steps=1,
+        max_steps=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = Remembering(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], trainer.gradient
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_placeholder_labels_that_trainer_counted_do_not_shrink_the_loss(
+    model, processor, pictures, tmp_path, budget, steps
+):
+    model.config.visual_token_budget = budget
+    inputs = batch_of(processor, pictures, [PROMPTS[0]] * 3)
+    data = Rows(inputs)
+    model.train()
+    by_hand = model(**inputs, labels=data.inputs["labels"]).loss
+    by_hand.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    size = {"per_device_train_batch_size": 3 // steps, "gradient_accumulation_steps": steps}
+    logged, of_trainer = trained_once(model, data, tmp_path, **size)
+    assert logged == pytest.approx(by_hand.item(), rel=1e-4)
+    torch.testing.assert_close(of_trainer, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_text_targets(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    labels = copied_labels(inputs)
+    outputs = model(**inputs, labels=labels)
+    is_text = labels.masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)[:, 1:]
+    is_text = is_text.masked_fill(inputs["attention_mask"][:, :-1] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), is_text.flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)
+    number = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=number).loss, expected)
+
+
+def test_the_head_runs_over_the_short_prompt_alone(model, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
+    logits = model(**inputs, labels=copied_labels(inputs)).logits
+    num_tokens = model.recover_tokens(**inputs).selection.num_tokens
+    length = int((inputs["attention_mask"].sum(1) - 36 + num_tokens).max())
+    assert rows == [length] and logits.shape[1] == inputs["input_ids"].shape[1] > length
+    assert model(**inputs, logits_to_keep=2).logits.shape[1] == 2 and rows[-1] == 2
+
+
+# ------------------------------------------------------------------------------------------------ what is never trained
+
+
+def test_what_no_loss_reaches_is_frozen_however_the_model_is_made(model, repo_folder):
+    loaded = type(model).from_pretrained(repo_folder)
+    for each in (model, loaded, loaded.train()):
+        frozen = {name for name, p in each.named_parameters() if not p.requires_grad}
+        assert frozen == {name for name, _ in each.named_parameters() if "question_tower" in name} | {
+            "model.visual_projection.weight"
+        }
+    assert {name for name, _ in loaded.named_parameters()} <= set(loaded.state_dict())
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in loaded.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "fc1"], r".*(q_proj|fc1)", "script"])
+def test_lora_adapts_only_what_a_loss_reaches(model, processor, pictures, targets):
+    if targets == "script":
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = [n for n in linear if not any(w in n for w in ("vision_tower", "multi_modal_projector", "lm_head"))]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
+    inputs = batch_of(processor, pictures)
+    adapted.train()
+    adapted(**inputs, labels=copied_labels(inputs)).loss.backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and not any("question" in name or "visual_projection" in name for name in trained)
+    # The tower's layers behind the one that LLaVA reads have no part in stock's loss either.
+    unreached = {name for name, p in trained.items() if p.grad is None}
+    assert all("vision_tower.encoder.layers.2" in name for name in unreached)

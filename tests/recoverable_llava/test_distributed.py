@@ -1,0 +1,42 @@
+"""Training in two processes, replicated and sharded: the losses of a single process, and no parameter left behind."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from batches import batch_of
+from distributed_training import __file__ as WORKER
+
+
+WAYS = ("alone", "ddp", "fsdp", "lora_alone", "ddp_lora")
+
+
+@pytest.fixture(scope="module")
+def losses(repo_folder, tmp_path_factory, pictures):
+    """Of each way to train, three steps; all in one pair of processes, which take longest to start."""
+    from recoverable_llava import RecoverableLlavaProcessor
+
+    inputs = dict(batch_of(RecoverableLlavaProcessor.from_pretrained(repo_folder), pictures))
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    torch.save(inputs, f"{repo_folder}/batch.pt")
+    report = tmp_path_factory.mktemp("distributed") / "losses.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen([sys.executable, WORKER, repo_folder, rank, port, str(report), *WAYS], stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    return json.loads(report.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "single"), [("ddp", "alone"), ("fsdp", "alone"), ("ddp_lora", "lora_alone")])
+def test_two_processes_learn_what_one_does(losses, way, single):
+    assert losses[way] == pytest.approx(losses[single], rel=1e-5)
+    assert losses[way][0] > losses[way][-1] + 0.1
