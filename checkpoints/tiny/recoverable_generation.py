@@ -12,7 +12,6 @@ B prompts, L tokens of the original prompt, S of the short one, D size of an emb
 
 import copy
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompre
 from .original_prompt import GenerationPrompt
 from .recoverable_model import ImageInputs, check_placeholder_count
 from .recoverable_vision import Recovery, VisionFeatures, true_names
+from .recovery_settings import RecoverySettings
 from .short_prompt import ShortPrompt, locate_placeholders
 from .transformers_names import CACHE, cache_of, the_cache
 
@@ -360,7 +360,7 @@ class RecoverableGenerationMixin(nn.Module):
         images: ImageInputs | None,
         question_inputs: dict[str, torch.Tensor | None],
         cache: Cache | None,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         kwargs: dict[str, Any],
     ) -> GenerationPrompt:
         """The short prompt for the loop. Takes what it uses out of `kwargs`."""
@@ -407,7 +407,7 @@ class RecoverableGenerationMixin(nn.Module):
         )
 
     def _images_of_new_tokens(
-        self, images: ImageInputs, ids: torch.Tensor, new_ids: torch.Tensor, settings: SimpleNamespace
+        self, images: ImageInputs, ids: torch.Tensor, new_ids: torch.Tensor, settings: RecoverySettings
     ) -> ImageInputs | None:
         """Of the images of a full history, those whose placeholders are new; images of the new part alone stay."""
         if images.pixel_values is None:
