@@ -12,18 +12,20 @@ B prompts, L tokens of the original prompt, S of the short one, D size of an emb
 
 import copy
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompressed_history
 from .original_prompt import GenerationPrompt
 from .recoverable_model import ImageInputs, check_placeholder_count
 from .recoverable_vision import Recovery, VisionFeatures, true_names
+from .recovery_settings import RecoverySettings
 from .short_prompt import ShortPrompt, locate_placeholders
 from .transformers_names import CACHE, cache_of, the_cache
 
@@ -90,7 +92,7 @@ class RecoverableGenerationMixin(nn.Module):
         visual_embeds: torch.Tensor | None = None,
         vision_features: VisionFeatures | None = None,
         compress: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """As stock, with the arguments of `RecoverableModelMixin.forward`.
 
@@ -132,8 +134,8 @@ class RecoverableGenerationMixin(nn.Module):
         outputs, short = self.model(**inputs, **ours, compress=compress, keep_short=True, return_dict=True, **kwargs)
         logits, short_logits = self._logits(outputs.last_hidden_state, short, logits_to_keep)
         loss = None
-        if labels is not None or shift_labels is not None:
-            if labels is None:
+        if labels is not None:
+            if shift_labels is not None:  # what each position is to predict: the label of the next one
                 labels = torch.cat([torch.full_like(shift_labels[:, :1], -100), shift_labels[:, :-1]], dim=1)
             ids = input_ids if input_ids is not None else self.model.ids_of_embeds(inputs_embeds)
             loss = self._loss(short_logits, short, ids, attention_mask, labels, shift_labels, num_items, kwargs)
@@ -358,7 +360,7 @@ class RecoverableGenerationMixin(nn.Module):
         images: ImageInputs | None,
         question_inputs: dict[str, torch.Tensor | None],
         cache: Cache | None,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         kwargs: dict[str, Any],
     ) -> GenerationPrompt:
         """The short prompt for the loop. Takes what it uses out of `kwargs`."""
@@ -405,7 +407,7 @@ class RecoverableGenerationMixin(nn.Module):
         )
 
     def _images_of_new_tokens(
-        self, images: ImageInputs, ids: torch.Tensor, new_ids: torch.Tensor, settings: SimpleNamespace
+        self, images: ImageInputs, ids: torch.Tensor, new_ids: torch.Tensor, settings: RecoverySettings
     ) -> ImageInputs | None:
         """Of the images of a full history, those whose placeholders are new; images of the new part alone stay."""
         if images.pixel_values is None:

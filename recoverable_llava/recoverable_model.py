@@ -14,11 +14,12 @@ B prompts, I images, L tokens of the original prompt, S of the short one, N patc
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import CompressedHistory, mask_of_new_tokens, uncompressed_history
@@ -30,6 +31,7 @@ from .recoverable_vision import (
     check_question_rows,
     stock_forward,
 )
+from .recovery_settings import RecoverySettings
 from .selection import Selection
 from .short_prompt import (
     Placeholders,
@@ -123,7 +125,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
     # ------------------------------------------------------------------------------------------------------- which road
 
     def prompt_road(
-        self, input_ids: torch.Tensor, images: ImageInputs, counts: FullCounts, settings: SimpleNamespace
+        self, input_ids: torch.Tensor, images: ImageInputs, counts: FullCounts, settings: RecoverySettings
     ) -> Road:
         """The road of prompts [B, L] with images.
 
@@ -150,7 +152,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
 
     # ---------------------------------------------------------------------------------------------------- visual tokens
 
-    def vision_of(self, images: ImageInputs, settings: SimpleNamespace) -> VisionFeatures:
+    def vision_of(self, images: ImageInputs, settings: RecoverySettings) -> VisionFeatures:
         """What one pass of the vision tower makes of the images, unless they come as that."""
         if images.vision_features is not None:
             return images.vision_features
@@ -162,7 +164,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         self,
         input_ids: torch.Tensor,
         images: ImageInputs,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         **question_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ImageTokens]:
         """[B, L, D] visual tokens at the placeholders of a prompt that is short already, zero where there is text.
@@ -170,7 +172,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         Static shapes from end to end, nothing is copied to the host. The towers, the recovery and the projector run as
         one call of `get_image_features`, which may be a compiled one.
         """
-        budget = settings.visual_token_budget
+        budget: Any = settings.visual_token_budget  # which this road has
         per_image = torch.full((len(images),), budget, device=input_ids.device)
         placeholders = locate_placeholders(input_ids, self.config.image_token_id, per_image)
         check_question_rows(len(input_ids), **question_inputs)
@@ -201,7 +203,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         self,
         input_ids: torch.Tensor,
         images: ImageInputs,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         **question_inputs: torch.Tensor | None,
@@ -342,7 +344,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         vision_features: VisionFeatures | None = None,
         compress: bool | None = None,
         keep_short: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """As stock, with the surplus placeholders dropped before the language model.
 
@@ -422,7 +424,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         images: ImageInputs | None,
         question_inputs: dict[str, torch.Tensor | None],
         history: CompressedHistory | None,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         **stock: Any,
@@ -479,7 +481,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
             return self.ids_of_embeds(inputs_embeds)
         return inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
 
-    def is_short(self, ids: torch.Tensor, images: ImageInputs, settings: SimpleNamespace) -> bool:
+    def is_short(self, ids: torch.Tensor, images: ImageInputs, settings: RecoverySettings) -> bool:
         """Whether the prompts carry `visual_token_budget` placeholders per image, so that nothing is left to drop."""
         if settings.visual_token_budget is None:
             return False
@@ -508,7 +510,7 @@ def check_placeholder_count(
     count: int,
     num_images: int,
     counts: FullCounts,
-    settings: SimpleNamespace,
+    settings: RecoverySettings,
     is_split: bool = False,
     total: int | None = None,
 ) -> None:

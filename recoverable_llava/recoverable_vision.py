@@ -19,19 +19,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .clip_scores import ReadableEncoderLayer, class_attention, read_layer, relevance_embeddings
 from .novelty_selection import select_by_novelty
 from .paper_selection import select_by_outliers
+from .recovery_settings import RecoverySettings
 from .selection import Selection
 from .token_assembly import Assembly, assemble_tokens, gather_tokens
 from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if_untested
@@ -269,7 +270,7 @@ class RecoverableVisionMixin(nn.Module):
             text_scores = (vision.relevance_embeds @ embeds[:, :, None]).squeeze(2)
         return ScoredImages(vision, text_scores, questions.present.to(device))
 
-    def select(self, images: ScoredImages, settings: SimpleNamespace) -> Selection:
+    def select(self, images: ScoredImages, settings: RecoverySettings) -> Selection:
         """Which patches of each image stay."""
         vision = images.vision
         given = (images.text_scores, images.has_question, vision.valid)
@@ -277,7 +278,7 @@ class RecoverableVisionMixin(nn.Module):
             None if count is None else count - vision.num_class_tokens
             for count in (settings.max_visual_tokens, settings.visual_token_budget)
         )
-        counts = {
+        counts: dict[str, Any] = {
             "merge_remaining": settings.merge_remaining,
             "min_visual_tokens": settings.min_visual_tokens,
             "max_visual_tokens": limit,
@@ -313,7 +314,7 @@ class RecoverableVisionMixin(nn.Module):
         return self.multi_modal_projector(vision.patches).to(vision.patches.device)
 
     def assemble(
-        self, selection: Selection, images: ScoredImages, settings: SimpleNamespace, num_tokens: int, num_merged: int
+        self, selection: Selection, images: ScoredImages, settings: RecoverySettings, num_tokens: int, num_merged: int
     ) -> Assembly:
         """How each image's `num_tokens` tokens, of which `num_merged` are merged ones, are made of its patches."""
         vision = images.vision
@@ -344,7 +345,7 @@ class RecoverableVisionMixin(nn.Module):
         self,
         vision: VisionFeatures,
         questions: Questions | None,
-        settings: SimpleNamespace,
+        settings: RecoverySettings,
         sizes: Callable[[Selection], tuple[int, int]] | None = None,
     ) -> Recovery:
         """Score, select, assemble: how the visual tokens of each image are made; `project` makes them.
@@ -367,7 +368,7 @@ class RecoverableVisionMixin(nn.Module):
         return Recovery(selection, assembly, vision.visual_scores, images.text_scores)
 
     def budget_tokens(
-        self, vision: VisionFeatures, questions: Questions | None, settings: SimpleNamespace
+        self, vision: VisionFeatures, questions: Questions | None, settings: RecoverySettings
     ) -> torch.Tensor:
         """[I, visual_token_budget, D]: static shapes from end to end, nothing leaves the device."""
         return self.project(vision, self.recover(vision, questions, settings).assembly)
@@ -384,8 +385,8 @@ class RecoverableVisionMixin(nn.Module):
         question_input_ids: torch.Tensor | None = None,
         question_attention_mask: torch.Tensor | None = None,
         question_embeds: torch.Tensor | None = None,
-        settings: SimpleNamespace | None = None,
-        **kwargs: Any,
+        settings: RecoverySettings | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """As stock; with `visual_token_budget`, `pooler_output` has exactly that many tokens for each image.
 

@@ -10,6 +10,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
@@ -17,6 +18,10 @@ from recoverable_llava.tools.combine import combine  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header():
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 def pytest_collection_modifyitems(items):

@@ -18,17 +18,24 @@ from torch import nn
 
 
 STEPS = 3
+HAS_GPUS = torch.cuda.device_count() > 1
+
+
+def device() -> torch.device:
+    """Of this rank: a GPU of its own, where there are two."""
+    return torch.device("cuda", int(os.environ["RANK"])) if HAS_GPUS else torch.device("cpu")
 
 
 def batch(folder: str) -> dict[str, torch.Tensor]:
-    return torch.load(Path(folder) / "batch.pt", weights_only=True)
+    inputs = torch.load(Path(folder) / "batch.pt", weights_only=True)
+    return {name: value.to(device()) for name, value in inputs.items()}
 
 
 def load(folder: str) -> Any:
     from recoverable_llava import RecoverableLlavaForConditionalGeneration
 
     model = RecoverableLlavaForConditionalGeneration.from_pretrained(folder)
-    return model.train()
+    return model.to(device()).train()
 
 
 def train(model: Any, folder: str) -> list[float]:
@@ -92,11 +99,48 @@ def fsdp(folder: str) -> list[float]:
     return train(model, folder)
 
 
+def fsdp1(folder: str) -> list[float]:
+    """The older FullyShardedDataParallel, which runs on GPUs alone."""
+    from functools import partial
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    model = load(folder)
+    model.model.vision_tower.requires_grad_(False)
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: type(m).__name__ in model._no_split_modules)
+    return train(FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True), folder)
+
+
+def zero3(folder: str) -> list[float]:
+    """DeepSpeed ZeRO-3, where it is installed."""
+    import deepspeed
+
+    model = load(folder)
+    model.model.vision_tower.requires_grad_(False)
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    inputs, losses = batch(folder), []
+    for _ in range(STEPS):
+        loss = engine(**inputs).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
 if __name__ == "__main__":
     folder, rank, port, report, *ways = sys.argv[1:]
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
-    dist.init_process_group("gloo")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+    if HAS_GPUS:
+        torch.cuda.set_device(int(rank))
+    dist.init_process_group("nccl" if HAS_GPUS else "gloo")
     losses = {way: globals()[way](folder) for way in ways}
     if rank == "0":
         Path(report).write_text(json.dumps(losses))

@@ -34,8 +34,11 @@ class ReadableEncoderLayer(CLIPEncoderLayer):
 
 
 def read_layer(layer: Any, hidden_states: torch.Tensor, read: Callable[[Any, torch.Tensor], Any]) -> Any:
-    """`read(layer, hidden_states)` inside a call of the layer; a layer of a foreign tower is read as it is."""
-    if getattr(layer, "is_readable", False):
+    """`read(layer, hidden_states)` inside a call of the layer; a layer of a foreign tower is read as it is.
+
+    So is one that is being compiled: transformers' hooks on a layer do not compile outside the tower's own forward.
+    """
+    if getattr(layer, "is_readable", False) and not torch.compiler.is_compiling():
         return layer(hidden_states, read=read)
     return read(layer, hidden_states)
 

@@ -91,7 +91,13 @@ class RecoverableLlavaForConditionalGeneration(RecoverableGenerationMixin, Llava
     output_class = LlavaCausalLMOutputWithPast
 
 
-class RecoverableLlavaVisionModel(LlavaFamilyMixin, LlavaPreTrainedModel):
+class StockVisionHalf(LlavaPreTrainedModel):
+    """What stock LLaVA does with pixels; it needs no language model for that."""
+
+    get_image_features = LlavaModel.get_image_features
+
+
+class RecoverableLlavaVisionModel(LlavaFamilyMixin, StockVisionHalf):
     """The vision half alone, without a language model, under the same weight names: for engines that bring their own.
 
     `from_pretrained` of a whole checkpoint leaves the language model's weights where they are.

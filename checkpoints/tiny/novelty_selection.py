@@ -182,9 +182,11 @@ def select_by_novelty(
     else:
         is_novel = last_where_not(valid, visual_novelty) > novelty_threshold * mean[:, None]
         num_chosen = is_novel.sum(1).clamp(min=min_visual_tokens).minimum(num_valid)
-        merges_remaining = (num_chosen < num_valid) & (merge_remaining and max_visual_tokens != 1)
-        if max_visual_tokens is not None:
-            num_chosen = num_chosen.minimum(max_visual_tokens - merges_remaining.long())
+        merges = merge_remaining and max_visual_tokens != 1
+        if max_visual_tokens is not None:  # one of them for the rest, where not all patches can stay
+            is_bounded = num_valid > max_visual_tokens
+            num_chosen = num_chosen.minimum(max_visual_tokens - (is_bounded & merges).long())
+        merges_remaining = (num_chosen < num_valid) & merges
 
     # The question's share of them; class attention chooses first, the question among what is left.
     if text_scores is None:

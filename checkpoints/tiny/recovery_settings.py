@@ -5,7 +5,6 @@ uses the new value. A call reads them once, as a `RecoverySettings`, so that a c
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 
@@ -20,8 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class RecoverySettingsMixin:
-    """Fields and checks that a family's configuration adds to its stock one; each field is documented there."""
+class RecoverySettings:
+    """What one call goes by; each field is documented in the configuration of a family."""
 
     compress: bool = True
     selection: str = "novelty"
@@ -41,6 +40,10 @@ class RecoverySettingsMixin:
     max_visual_tokens: int | None = None
     visual_token_budget: int | None = None
 
+
+class RecoverySettingsMixin(RecoverySettings):
+    """Fields and checks that a family's configuration adds to its stock one."""
+
     def use_preset(self, name: str) -> None:
         """Set the fields of the recovery to a named preset, `"default"` or `"paper"`; see `PRESETS`."""
         if name not in PRESETS:
@@ -53,7 +56,7 @@ class RecoverySettingsMixin:
         """How many visual tokens besides patches an image has: the class token under the `"full"` strategy."""
         return int(self.vision_feature_select_strategy == "full")  # type: ignore[attr-defined]
 
-    def recovery_settings(self, compress: bool | None = None) -> SimpleNamespace:
+    def recovery_settings(self, compress: bool | None = None) -> RecoverySettings:
         """The fields above as they are now, checked: what one call of the model goes by.
 
         Args:
@@ -62,7 +65,7 @@ class RecoverySettingsMixin:
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        settings = SimpleNamespace(**{name: getattr(self, name) for name in RecoverySettingsMixin.__dataclass_fields__})
+        settings = RecoverySettings(**{name: getattr(self, name) for name in RecoverySettings.__dataclass_fields__})
         settings.compress = settings.compress if compress is None else compress
         if settings.compress is not False:
             check_settings(settings, self)

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from recoverable_llava.token_recovery import select_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
 from benchmarks import models, paper_release, plan, report
-from recoverable_llava.token_recovery import select_tokens
 
 
 @pytest.fixture(scope="module")

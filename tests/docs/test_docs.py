@@ -20,7 +20,7 @@ from recoverable_llava.tools.command_line import main
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_PAGES = [
     page
     for page in PAGES
@@ -84,6 +84,8 @@ def test_commands_are_those_that_exist(page, clone):
                 assert set(words[1:]) <= targets, command
             elif words[:2] == ["python", "-m"]:
                 assert importlib.util.find_spec(words[2]), command
+            elif words[0] == ".ci/run":
+                assert (ROOT / words[0]).is_file()
             elif words[0] == "python":
                 assert (ROOT / words[1]).is_file(), command
             else:
@@ -146,7 +148,9 @@ def test_the_table_in_the_readme_repeats_what_was_measured():
 
 
 def test_versions_are_those_that_are_tested():
-    page = (ROOT / "docs/compatibility.md").read_text()
-    (newest,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    page, makefile = (ROOT / "docs/compatibility.md").read_text(), (ROOT / "Makefile").read_text()
+    (pinned,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     (lowest,) = re.findall(r'"transformers>=(\S+)"', (ROOT / "pyproject.toml").read_text())
-    assert f"{lowest}.0 (the lowest declared)" in page and f"and {newest} |" in page
+    tested = dict(re.findall(r"^test-(\w+): \$\(VENV\)-([\d.]+)/", makefile, re.MULTILINE))
+    assert tested["lowest"] == f"{lowest}.0"
+    assert f"{tested['lowest']} (the lowest declared), {tested['between']} (the model alone), {pinned} and" in page

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 from random_evidence import PATCHES, make_evidence, row_of
+from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 from evaluation.ablations import ABLATIONS, distinct, recovery, to_more_important
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 
 def test_with_the_papers_settings_it_is_the_package():

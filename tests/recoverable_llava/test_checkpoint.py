@@ -27,7 +27,9 @@ def test_code_is_that_of_the_package():
     """`make checkpoint-code` copies it."""
     package = Path(recoverable_llava.__file__).parent
     files = sorted(CHECKPOINT.glob("*.py"))
-    assert {"modeling_recoverable_llava.py", "token_recovery.py"} <= {file.name for file in files}
+    assert {"modeling_recoverable_llava.py", "novelty_selection.py", "paper_selection.py"} <= {
+        file.name for file in files
+    }
     for file in files:
         assert file.read_bytes() == (package / file.name).read_bytes(), f"{file.name}: run make checkpoint-code"
 
@@ -40,8 +42,7 @@ def test_files_fit_a_git_host():
 
 
 def test_it_runs_with_the_defaults(loaded):
-    names = ("diversity", "novelty_threshold", "text_share", "text_reach", "text_relevance")
-    names += ("merge_centres", "merge_remaining")
+    names = ("selection", "novelty_threshold", "text_share", "text_reach", "text_relevance", "merge_remaining")
     config, defaults = loaded[0].config, RecoverableLlavaConfig()
     assert {name: getattr(config, name) for name in names} == {name: getattr(defaults, name) for name in names}
 

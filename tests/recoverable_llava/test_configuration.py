@@ -20,7 +20,7 @@ def tiny_config(**settings):
 OTHER_VALUES = {
     "compress": False,
     "attention_layer": -2,
-    "diversity": False,
+    "selection": "paper",
     "novelty_threshold": 0.7,
     "text_share": 0.25,
     "text_reach": 0.5,
@@ -29,7 +29,6 @@ OTHER_VALUES = {
     "merge_lof_neighbors": 9,
     "lof_threshold": 1.25,
     "text_relevance": "projected",
-    "merge_centres": True,
     "merge_neighbors": 3,
     "text_merge_weight": 5.5,
     "merge_remaining": False,
@@ -69,8 +68,7 @@ def test_preset_of_the_paper():
     settings = {name: getattr(config, name) for name in OTHER_VALUES if name not in BY_NOVELTY}
     assert settings == {
         "compress": True,
-        "diversity": False,
-        "merge_centres": True,
+        "selection": "paper",
         "attention_layer": -1,
         "visual_lof_neighbors": 20,
         "text_lof_neighbors": 20,
@@ -120,6 +118,11 @@ WRONG_VALUES = [
     ("visual_token_budget", 37, "visual_token_budget must be a whole number from 1 to 36 .*, got 37"),
     ("visual_token_budget", True, "visual_token_budget .* got True"),
     ("visual_token_budget", 4.0, r"visual_token_budget .* got 4\.0"),
+    ("selection", "diversity", r"selection must be one of \('novelty', 'paper'\), got 'diversity'"),
+    ("selection", None, r"selection must be one of .* got None"),
+    ("novelty_threshold", -0.1, "novelty_threshold must be a finite number of at least 0.0, got -0.1"),
+    ("text_share", 1.5, "text_share must be at most 1.0, got 1.5"),
+    ("text_reach", True, "text_reach must be a finite number .* got True"),
 ]
 
 
@@ -152,7 +155,9 @@ def test_only_a_clip_vision_tower_will_do():
         RecoverableLlavaConfig(vision_config=SiglipVisionConfig())
 
 
-@pytest.mark.parametrize("name, value, message", WRONG_VALUES[3:4] + WRONG_VALUES[9:10] + WRONG_VALUES[12:13])
+@pytest.mark.parametrize(
+    "name, value, message", WRONG_VALUES[3:4] + WRONG_VALUES[9:10] + WRONG_VALUES[12:13] + WRONG_VALUES[24:25]
+)
 def test_a_wrong_value_at_run_time_is_refused_by_the_next_call(model, processor, pictures, name, value, message):
     inputs = processor(images=pictures[0], text="USER: <image>\nwhy ? ASSISTANT:", return_tensors="pt")
     setattr(model.config, name, value)
@@ -166,11 +171,11 @@ EFFECTS = [
     ("attention_layer", 0, "chosen_by_vision"),
     ("visual_lof_neighbors", 2, "chosen_by_vision"),
     ("text_lof_neighbors", 2, "chosen_by_text"),
-    ("merge_lof_neighbors", 1, "merge_centres"),
+    ("merge_lof_neighbors", 1, "centres"),
     ("lof_threshold", 1.05, "chosen_by_vision"),
     ("text_relevance", "value", "chosen_by_text"),
     ("text_relevance", "negated", "chosen_by_text"),
-    ("diversity", True, "chosen_by_vision"),
+    ("selection", "novelty", "chosen_by_vision"),
     ("novelty_threshold", 0.9, "chosen_by_vision"),
     ("text_share", 0.1, "chosen_by_text"),
     ("text_reach", 0.0, "chosen_by_text"),
@@ -211,7 +216,7 @@ def test_a_change_at_run_time_counts_from_the_next_call_on(model, processor, pic
 def test_presets():
     config = tiny_config(text_share=0.25)
     config.use_preset("paper")
-    assert not config.diversity and config.merge_centres and config.text_relevance == "projected"
+    assert config.selection == "paper" and config.text_relevance == "projected"
     config.use_preset("default")
     assert config == tiny_config(text_share=0.25)
     with pytest.raises(ValueError, match="no preset 'papers'"):
@@ -221,3 +226,50 @@ def test_presets():
 def test_from_pretrained_takes_hyperparameters(repo_folder):
     model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder, lof_threshold=1.75, compress=False)
     assert model.config.lof_threshold == 1.75 and model.config.compress is False
+
+
+@pytest.mark.parametrize(
+    "old, selection",
+    [
+        ({"diversity": False, "merge_centres": True}, "paper"),
+        ({"diversity": False}, "paper"),
+        ({"diversity": True, "merge_centres": False}, "novelty"),
+        ({"merge_centres": False}, "novelty"),
+        ({}, "novelty"),
+    ],
+    ids=str,
+)
+def test_configurations_from_before_there_was_a_selection(tmp_path, old, selection):
+    written = tiny_config().to_dict()
+    del written["selection"]
+    (tmp_path / "config.json").write_text(json.dumps({**written, **old}))
+    for load in (RecoverableLlavaConfig, AutoConfig):
+        config = load.from_pretrained(tmp_path)
+        assert config.selection == selection
+        assert config.to_diff_dict() == tiny_config(selection=selection).to_diff_dict()
+        config.save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert again["selection"] == selection and not {"diversity", "merge_centres"} & set(again)
+    assert RecoverableLlavaConfig(**old).selection == selection
+
+
+def test_settings_of_a_call_are_those_of_its_beginning():
+    config = tiny_config(text_share=0.25)
+    settings = config.recovery_settings()
+    own_fields = set(RecoverableLlavaConfig().to_dict()) - set(LlavaConfig().to_dict())
+    assert set(vars(settings)) == own_fields - {"question_config", "auto_map"}
+    assert all(value == getattr(config, name) for name, value in vars(settings).items())
+    config.text_share = 0.75
+    assert settings.text_share == 0.25 and config.recovery_settings().text_share == 0.75
+
+
+def test_without_compression_its_settings_have_no_say():
+    config = tiny_config()
+    config.visual_token_budget, config.compress = 1000, False
+    assert config.recovery_settings().compress is False
+    config.compress = "no"
+    with pytest.raises(ValueError, match="compress must be True or False, got 'no'"):
+        config.recovery_settings()
+    config.compress = True
+    with pytest.raises(ValueError, match="visual_token_budget .* got 1000"):
+        config.recovery_settings()

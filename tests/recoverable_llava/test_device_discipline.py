@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracles import HostReads
 
+from recoverable_llava.recoverable_model import ImageInputs
+
 
 BUDGET = 7
 
@@ -28,8 +30,14 @@ def short_inputs(processor, pictures):
 QUESTION = ("question_input_ids", "question_attention_mask")
 
 
-def question_of(model, inputs):
-    return model.model._read_question(len(inputs["input_ids"]), *(inputs[name] for name in QUESTION), None)
+def questions_of(inputs):
+    return {name: inputs[name] for name in QUESTION}
+
+
+def compress(model, inputs, vision, questions):
+    images = ImageInputs.of(None, vision)
+    settings = model.config.recovery_settings()
+    return model.model.compress_prompt(inputs["input_ids"], images, settings, inputs["attention_mask"], **questions)
 
 
 def test_the_counter_counts():
@@ -63,11 +71,12 @@ def test_adaptive_compression_reads_once_per_batch(model, inputs, has_question):
     with HostReads() as host:
         vision = model.get_vision_features(inputs["pixel_values"])
     assert host.names == []
+    questions = questions_of(inputs) if has_question else {}
     with HostReads() as host:
-        question = question_of(model, inputs) if has_question else None
+        model.model.embed_questions(len(inputs["input_ids"]), **questions)
     assert host.names == []
     with HostReads() as host:
-        short, _ = model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+        short, _, _ = compress(model, inputs, vision, questions)
     assert host.names == ["tolist"]
     assert short.input_ids.shape[1] < inputs["input_ids"].shape[1]
 
@@ -106,14 +115,16 @@ def test_fixed_budget_needs_no_values(model, short_inputs):
     model, inputs = on_meta(model, short_inputs)
     with pytest.raises(RuntimeError):
         inputs["input_ids"].sum().item()
-    questions = {name: inputs[name] for name in QUESTION}
+    questions = questions_of(inputs)
     features = model.get_image_features(inputs["pixel_values"], **questions).pooler_output
     assert [tuple(feature.shape) for feature in features] == [(BUDGET, 32)] * 2
     assert model.get_image_features(inputs["pixel_values"]).pooler_output[0].shape == (BUDGET, 32)
     vision = model.get_vision_features(inputs["pixel_values"])
-    question = question_of(model, inputs)
-    short, embeds = model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+    short, embeds, _ = compress(model, inputs, vision, questions)
     assert short.input_ids.shape == inputs["input_ids"].shape and embeds.shape == (*short.input_ids.shape, 32)
+    settings, images = model.config.recovery_settings(), ImageInputs.of(inputs["pixel_values"], None)
+    _, embeds, _ = model.model.compress_prompt(inputs["input_ids"], images, settings, **questions)
+    assert embeds.shape == (*short.input_ids.shape, 32)
 
 
 def test_fixed_budget_of_many_images_needs_no_values(model, processor, pictures):
@@ -124,7 +135,7 @@ def test_fixed_budget_of_many_images_needs_no_values(model, processor, pictures)
     assert inputs["input_ids"].shape[1] > model.config.num_patches
     model, inputs = on_meta(model, inputs)
     vision = model.get_vision_features(inputs["pixel_values"])
-    short, _ = model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs))
+    short, _, _ = compress(model, inputs, vision, questions_of(inputs))
     assert short.input_ids.shape == inputs["input_ids"].shape
 
 
@@ -133,7 +144,7 @@ def test_adaptive_mode_needs_a_value(model, inputs):
     model, inputs = on_meta(model, inputs)
     vision = model.get_vision_features(inputs["pixel_values"])
     with pytest.raises((RuntimeError, NotImplementedError)):
-        model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs))
+        compress(model, inputs, vision, questions_of(inputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- compile
@@ -163,7 +174,7 @@ def test_fixed_budget_compiles_in_one_graph(model, short_inputs):
 def test_fixed_budget_image_features_compile_in_one_graph(model, short_inputs):
     model.config.visual_token_budget = BUDGET
     model.eval()
-    questions = {name: short_inputs[name] for name in QUESTION}
+    questions = questions_of(short_inputs)
 
     def features(pixel_values):
         return torch.stack(model.model.get_image_features(pixel_values, **questions).pooler_output)
@@ -193,14 +204,14 @@ def test_fixed_budget_never_waits_on_a_gpu(model, short_inputs, sync_is_an_error
     model.config.visual_token_budget = BUDGET
     model = model.to("cuda").eval()
     inputs = {name: value.to("cuda") for name, value in short_inputs.items()}
-    questions = {name: inputs[name] for name in QUESTION}
+    questions = questions_of(inputs)
     with torch.no_grad():
         model.get_image_features(inputs["pixel_values"], **questions)  # first use of the libraries synchronises
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         model.get_image_features(inputs["pixel_values"], **questions)
         vision = model.get_vision_features(inputs["pixel_values"])
-        model.model.compress_prompt(inputs["input_ids"], vision, question_of(model, inputs), inputs["attention_mask"])
+        compress(model, inputs, vision, questions)
 
 
 @pytest.mark.gpu
@@ -208,7 +219,7 @@ def test_adaptive_mode_waits_once_on_a_gpu(model, inputs, sync_is_an_error, monk
     torch.cuda.set_sync_debug_mode("default")
     model = model.to("cuda").eval()
     inputs = {name: value.to("cuda") for name, value in inputs.items()}
-    question = question_of(model, inputs)
+    questions = questions_of(inputs)
     count, tolist = [], torch.Tensor.tolist
 
     def the_one_copy(tensor):
@@ -220,10 +231,10 @@ def test_adaptive_mode_waits_once_on_a_gpu(model, inputs, sync_is_an_error, monk
 
     with torch.no_grad():
         vision = model.get_vision_features(inputs["pixel_values"])
-        model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+        compress(model, inputs, vision, questions)
         monkeypatch.setattr(torch.Tensor, "tolist", the_one_copy)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         vision = model.get_vision_features(inputs["pixel_values"])
-        model.model.compress_prompt(inputs["input_ids"], vision, question, inputs["attention_mask"])
+        compress(model, inputs, vision, questions)
     assert len(count) == 1

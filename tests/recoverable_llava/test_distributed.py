@@ -12,11 +12,17 @@ from distributed_training import __file__ as WORKER
 
 
 WAYS = ("alone", "ddp", "fsdp", "lora_alone", "ddp_lora")
+NEEDS_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 @pytest.fixture(scope="module")
 def losses(repo_folder, tmp_path_factory, pictures):
-    """Of each way to train, three steps; all in one pair of processes, which take longest to start."""
+    """Of each way to train, three steps."""
+    return train_in_two_processes(WAYS, repo_folder, tmp_path_factory, pictures)
+
+
+def train_in_two_processes(ways, repo_folder, tmp_path_factory, pictures):
+    """All ways in one pair of processes, which take longest to start."""
     from recoverable_llava import RecoverableLlavaProcessor
 
     inputs = dict(batch_of(RecoverableLlavaProcessor.from_pretrained(repo_folder), pictures))
@@ -27,7 +33,7 @@ def losses(repo_folder, tmp_path_factory, pictures):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = [
-        subprocess.Popen([sys.executable, WORKER, repo_folder, rank, port, str(report), *WAYS], stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, WORKER, repo_folder, rank, port, str(report), *ways], stderr=subprocess.PIPE)
         for rank in ("0", "1")
     ]
     errors = [process.communicate(timeout=300)[1].decode() for process in processes]
@@ -40,3 +46,13 @@ def losses(repo_folder, tmp_path_factory, pictures):
 def test_two_processes_learn_what_one_does(losses, way, single):
     assert losses[way] == pytest.approx(losses[single], rel=1e-5)
     assert losses[way][0] > losses[way][-1] + 0.1
+
+
+@pytest.mark.gpu
+@NEEDS_GPUS
+@pytest.mark.parametrize("way", ["fsdp1", "zero3"])
+def test_older_sharding_on_two_gpus(way, repo_folder, tmp_path_factory, pictures):
+    if way == "zero3":
+        pytest.importorskip("deepspeed")
+    losses = train_in_two_processes(("alone", way), repo_folder, tmp_path_factory, pictures)
+    assert losses[way] == pytest.approx(losses["alone"], rel=1e-3)

@@ -51,6 +51,37 @@ def test_outputs_have_the_original_length(model, processor, pictures):
         assert not torch.equal(block[kept[row] - 1], block[kept[row] - 2])
 
 
+def test_attentions_are_over_the_original_prompt(model, processor, pictures):
+    """A dropped position is attended to by nobody and attends as the last kept one before it; nor is padding."""
+    model.set_attn_implementation("eager")
+    inputs = batch_of(processor, pictures)
+    mask, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    outputs = model(**inputs, output_attentions=True)
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    kept = model.recover_tokens(**inputs).selection.num_tokens
+    assert len(outputs.attentions) == 2
+    for weights in outputs.attentions:
+        assert weights.shape == (3, 4, length, length)
+        for row in range(3):
+            torch.testing.assert_close(weights[row].sum(-1)[:, mask[row]], torch.ones(4, int(mask[row].sum())))
+            image = is_image[row].nonzero().flatten()
+            dropped = image[int(kept[row]) :]
+            assert not weights[row][:, :, dropped].any() and not weights[row][:, :, ~mask[row]].any()
+            stand_in = weights[row][:, image[int(kept[row]) - 1]]
+            assert torch.equal(weights[row][:, dropped], stand_in[:, None].expand(-1, len(dropped), -1))
+            present = mask[row].clone()
+            present[dropped] = False
+            assert (weights[row][:, -1, present] > 0).all()
+    # A later token attends over all that was cached, in the original numbering, too.
+    step = torch.full((3, 1), 5)
+    later = model(input_ids=step, past_key_values=outputs.past_key_values, output_attentions=True).attentions[0]
+    assert later.shape == (3, 4, 1, length + 1)
+    torch.testing.assert_close(later.sum(-1), torch.ones(3, 4, 1))
+    for row in range(3):
+        dropped = is_image[row].nonzero().flatten()[int(kept[row]) :]
+        assert not later[row][:, :, dropped].any() and (later[row][:, :, -3:] > 0).all()
+
+
 @pytest.mark.parametrize("logits_to_keep", [1, 5, torch.tensor([3, 44, 50])])
 def test_logits_to_keep(model, processor, pictures, logits_to_keep):
     inputs = batch_of(processor, pictures)
@@ -137,6 +168,20 @@ def test_mask_over_pairs_is_refused(model, processor, pictures):
         model(**inputs)
 
 
+def test_an_image_split_over_two_prompts_is_refused(model, processor, pictures):
+    """As many placeholders as the images need, but not each image's own in one prompt."""
+    inputs = batch_of(processor, pictures)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    image_token = model.config.image_token_id
+    first = (ids[0] == image_token).nonzero()[0]
+    text = (mask[1].bool() & (ids[1] != image_token)).nonzero()[0]
+    ids[0, first], ids[1, text] = 5, image_token
+    assert int((ids == image_token).sum()) == 3 * NUM_PATCHES
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="an image's placeholders stand in one prompt"):
+            run(**inputs)
+
+
 def test_mask_of_no_known_length_is_refused(model, processor, pictures):
     inputs = batch_of(processor, pictures)
     cache = model(**inputs).past_key_values
@@ -180,6 +225,33 @@ def test_loss_by_hand(model, processor, pictures):
                 total -= outputs.logits[row, position - 1].log_softmax(-1)[ids[position]].item()
                 count += 1
         assert abs(outputs.loss.item() - total / count) < 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shifted_labels_say_the_same(model, processor, pictures, side):
+    """What sequence-parallel trainers pass: for each position the token to predict, instead of the token there."""
+    inputs = batch_of(processor, pictures, padding_side=side)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = model(**inputs, labels=labels).loss
+    for given in ({"shift_labels": shifted}, {"shift_labels": shifted, "labels": labels}):
+        torch.testing.assert_close(model(**inputs, **given).loss, expected, atol=1e-6, rtol=0)
+
+
+def test_loss_of_accumulated_batches_is_that_of_one(model, processor, pictures):
+    """A trainer counts the labels of all batches of a step beforehand, those on placeholders included."""
+    rows = [row_of(processor, pictures, PROMPTS, index) for index in range(3)]
+    num_items = sum(int((row["input_ids"][:, 1:] != -100).sum()) for row in rows)
+    parts = [model(**row, labels=row["input_ids"], num_items_in_batch=num_items).loss for row in rows]
+    counts = [int((row["input_ids"][:, 1:] != model.config.image_token_id).sum()) for row in rows]
+    alone = [model(**row, labels=row["input_ids"]).loss for row in rows]
+    mean = sum(count * loss for count, loss in zip(counts, alone)) / sum(counts)
+    assert len(set(counts)) > 1
+    torch.testing.assert_close(sum(parts), mean, rtol=0.1, atol=0)
+    # Where every batch has the same share of labels that count, it is exact.
+    num_items = 2 * (rows[0]["input_ids"].shape[1] - 1)
+    half = model(**rows[0], labels=rows[0]["input_ids"], num_items_in_batch=num_items).loss
+    torch.testing.assert_close(2 * half, alone[0], rtol=1e-5, atol=0)
 
 
 def test_left_and_right_padded_losses_agree(model, processor, pictures):
@@ -261,3 +333,61 @@ def test_other_checkpoints(tmp_path, clip_folder, pictures, language_model, sett
 
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(model(**inputs).logits, stock(**without_question(inputs)).logits)
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids(model, processor, pictures):
+    """As in stock, placeholders are told by the embedding of the image token."""
+    inputs = batch_of(processor, pictures)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {**inputs, "inputs_embeds": embeds}
+    del given["input_ids"]
+    before = embeds.clone()
+    expected = model(**inputs)
+    found = model(**given)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(embeds, before)
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    new = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(model.generate(**given, **GREEDY), new)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    assert torch.equal(model(**given, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names(model, processor, pictures):
+    """transformers 5.24 calls `past_key_values` `cache`; either is understood, in every version."""
+    inputs = batch_of(processor, pictures)
+    step = {"input_ids": torch.full((3, 1), 5)}
+    logits = []
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, **{name: cache})
+        logits.append(model(**step, **{name: cache}).logits)
+        assert cache.get_seq_length() < inputs["input_ids"].shape[1]
+    assert torch.equal(*logits)
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            run(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [None, 9])
+def test_the_visual_tokens_stand_where_stock_has_the_features(model, processor, pictures, budget):
+    model.config.visual_token_budget = budget
+    inputs = batch_of(processor, pictures)
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    outputs = model(**inputs)
+    counts = model.recover_tokens(**inputs).selection.num_tokens.tolist()
+    if hasattr(outputs, "image_outputs"):  # since transformers 5.24
+        tokens = torch.cat(list(outputs.image_outputs.pooler_output))
+    else:
+        tokens = outputs.image_hidden_states
+    assert len(tokens) == sum(counts) and (budget is None or counts == [9] * 3)
+    for row, own in enumerate(tokens.split(counts)):
+        last = len(inputs["input_ids"][row]) - 1
+        behind = last - int((inputs["input_ids"][row] == model.config.image_token_id).nonzero().max())
+        end = seen[0].shape[1] - behind
+        assert torch.equal(seen[0][row, end - counts[row] : end], own)

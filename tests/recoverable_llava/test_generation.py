@@ -30,6 +30,7 @@ def assert_batch_equals_rows(model, processor, pictures, prompts, **settings):
 # ---------------------------------------------------------------------------------------------------- the prompt itself
 
 
+@pytest.mark.smoke
 def test_compression_drops_tokens_and_keeps_the_prompt(model, processor, pictures):
     inputs = batch_of(processor, pictures)
     result = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
@@ -42,6 +43,7 @@ def test_compression_drops_tokens_and_keeps_the_prompt(model, processor, picture
     assert expected < length
 
 
+@pytest.mark.smoke
 def test_question_changes_the_answer_and_off_equals_stock(model, processor, pictures, stock):
     inputs = batch_of(processor, pictures)
     on = model(**inputs).logits
@@ -356,6 +358,7 @@ def uncached_second_turn(model, inputs, ids, mask):
     return model.generate(**full, **GREEDY)[:, ids.shape[1] :]
 
 
+@pytest.mark.smoke
 def test_second_turn_with_full_history(model, processor, first_turn):
     inputs, result = first_turn
     ids, mask, _ = next_turn(processor, result.sequences, "USER: and the dog ? ASSISTANT:", inputs["attention_mask"])

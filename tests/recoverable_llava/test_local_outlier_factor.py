@@ -14,6 +14,8 @@ from sklearn.neighbors import LocalOutlierFactor
 from recoverable_llava.local_outlier_factor import local_outlier_factor
 
 
+pytestmark = pytest.mark.algorithm
+
 THRESHOLD = 1.5  # scikit-learn's for contamination="auto"
 
 

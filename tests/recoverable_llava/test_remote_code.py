@@ -79,6 +79,11 @@ def test_the_folder_holds_the_files_of_the_package(repo_folder):
         assert (Path(repo_folder) / name).read_bytes() == (PACKAGE / name).read_bytes(), name
 
 
+def test_every_file_of_the_package_is_one_that_the_hub_runs():
+    """What stands beside them would be code that a repo lacks, or that nothing uses; tools have a folder."""
+    assert sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py") == REMOTE_FILES
+
+
 def imports_of(name):
     for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
         if isinstance(node, ast.Import):

@@ -239,7 +239,7 @@ def test_a_newer_transformers_is_said_to_be_untested_once(monkeypatch, caplog):
     assert [("tested with transformers up to" in record.message) for record in caplog.records] == [True]
 
 
-# ----------------------------------------------------------------------------------- a script that keeps the stock class
+# ---------------------------------------------------------------------------------- a script that keeps the stock class
 
 
 def test_a_stock_model_that_gets_our_inputs_says_what_to_change(stock, processor, pictures):

@@ -94,6 +94,32 @@ def test_the_tower_never_computes_attentions(model, pixels):
     assert seen[0].attentions is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"attention_layer": 0, "text_relevance": "projected"}], ids=str)
+@torch.no_grad()
+def test_layers_are_read_while_they_are_called(model, pixels, settings):
+    """What shards or offloads a layer gives it its weights for the time of its calls, and takes them away again."""
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    expected = model.get_vision_features(pixels)
+    for layer in inner(model.model.vision_tower).encoder.layers:
+        weights = {name: weight.clone() for name, weight in layer.state_dict().items()}
+
+        def bring(module, args, weights=weights):
+            for name, weight in module.state_dict().items():
+                weight.copy_(weights[name])
+
+        def take_away(module, args, output):
+            for weight in module.state_dict().values():
+                weight.fill_(torch.nan)
+
+        take_away(layer, None, None)
+        layer.register_forward_pre_hook(bring)
+        layer.register_forward_hook(take_away)
+    found = model.get_vision_features(pixels)
+    for name in ("patches", "visual_scores", "keys", "relevance_embeds"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 # ----------------------------------------------------------------------------------------------------------- relevance
 
 
@@ -239,8 +265,8 @@ def test_autocast_leaves_the_choice_in_full_precision(model, inputs, preset, mon
         "vision_features": model.get_vision_features(inputs["pixel_values"]),
         "question_embeds": model.get_question_embeds(inputs["question_input_ids"]),
     }
-    projected = model.model._as_the_language_model_sees(given["vision_features"].patches)
-    monkeypatch.setattr(model.model, "_as_the_language_model_sees", lambda patches: projected)
+    projected = model.model.project_patches(given["vision_features"])
+    monkeypatch.setattr(model.model, "project_patches", lambda vision: projected)
     expected = model.recover_tokens(input_ids=inputs["input_ids"], **given)
     with torch.autocast("cpu", torch.bfloat16):
         found = model.recover_tokens(input_ids=inputs["input_ids"], **given)

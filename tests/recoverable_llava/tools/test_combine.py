@@ -21,6 +21,7 @@ from recoverable_llava import (
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
     RecoverableLlavaProcessor,
+    RecoverableLlavaVisionModel,
 )
 from recoverable_llava.tools.combine import combine
 
@@ -196,6 +197,15 @@ def test_weights_of_every_layout_load_completely(repo_folder, tmp_path, layout, 
         state = {name.removeprefix("model."): weight for name, weight in state.items() if name.startswith("model.")}
     assert_complete(info)
     assert states_equal(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_vision_half_of_every_layout_loads_completely(repo_folder, tmp_path, layout):
+    state, _ = rewrite(repo_folder, tmp_path / "repo", layout)
+    model, info = RecoverableLlavaVisionModel.from_pretrained(tmp_path / "repo", output_loading_info=True)
+    assert_complete(info)
+    ours = {name for name in state if "language_model." not in name and "lm_head." not in name}
+    assert states_equal(model.state_dict(), {name.removeprefix("model."): state[name] for name in ours})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -38,13 +38,30 @@ def test_every_patch_has_the_mark_of_its_kind(recovery, pictures, index):
     selection = recovery.selection
     assert selection.num_text.sum() > 0
     middle = drawn.shape[2] // 2
-    marks = {"chosen_by_vision": VISION_COLOR, "chosen_by_text": TEXT_COLOR, "merge_centres": MERGED_COLOR}
+    marks = {"chosen_by_vision": VISION_COLOR, "chosen_by_text": TEXT_COLOR, "centres": MERGED_COLOR}
     for name, color in marks.items():
         mask = getattr(selection, name)[index].reshape(drawn.shape[:2]).numpy()
-        place = (middle, middle) if name == "merge_centres" else (-1, middle)
+        place = (middle, middle) if name == "centres" else (-1, middle)
         assert ((drawn[:, :, place[0], place[1]] == color).all(-1) == mask).all(), name
         corner = (drawn[:, :, 4, 4] == TEXT_COLOR).all(-1)
         assert (corner == selection.chosen_by_text[index].reshape(drawn.shape[:2]).numpy()).all()
+
+
+def test_a_selection_without_centres_marks_none(model, processor, pictures):
+    inputs = processor(images=pictures[0], text="USER: <image>\nwhat is the cat? ASSISTANT:", return_tensors="pt")
+    recovery = model.recover_tokens(**inputs)
+    selection = recovery.selection
+    assert selection.centres is None and selection.num_merged[0] == 1
+    black = Image.new("RGB", (84, 84))
+    drawn = cells(draw_recovery(black, recovery, size=240))
+    assert not (drawn == MERGED_COLOR).all(-1).any()
+    edge = drawn[:, :, -1, drawn.shape[2] // 2]
+    for name, color in {"chosen_by_vision": VISION_COLOR, "chosen_by_text": TEXT_COLOR}.items():
+        mask = getattr(selection, name)[0].reshape(drawn.shape[:2]).numpy()
+        assert mask.any() and ((edge == color).all(-1) == mask).all(), name
+    left = ~selection.chosen[0].reshape(drawn.shape[:2]).numpy()
+    faded = drawn[left]
+    assert (faded == faded[:1, :1, :1]).all() and (faded > 100).all()
 
 
 def test_kept_patches_show_the_image_and_others_are_faded(recovery, pictures):
@@ -54,7 +71,7 @@ def test_kept_patches_show_the_image_and_others_are_faded(recovery, pictures):
     selection = recovery.selection
     kept = (selection.chosen_by_vision | selection.chosen_by_text)[0].reshape(inside.shape).numpy()
     assert (inside[kept] == 0).all()
-    centres = selection.merge_centres[0].reshape(inside.shape).numpy()
+    centres = selection.centres[0].reshape(inside.shape).numpy()
     assert (inside[~kept & ~centres] > 100).all()
 
 

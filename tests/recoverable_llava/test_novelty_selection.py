@@ -4,14 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recoverable_llava.token_recovery import (
+
+from recoverable_llava.novelty_selection import (
     ATTENTION_POWER,
     LIKENESS_WIDTH,
     OWN_RELEVANCE,
     RELEVANCE_POWER,
     SMALLEST,
-    select_tokens,
+    highest_around,
+    select_by_novelty,
 )
+from recoverable_llava.paper_selection import select_by_outliers
+
+
+pytestmark = pytest.mark.algorithm
 
 
 def slow_novelty(scores, features, valid):
@@ -65,10 +71,12 @@ def highest(priority, count, among):
     return mask
 
 
-def slow_selection(visual, text, features, valid, threshold, share, budget=None, width=None, reach=0.0):
+def slow_selection(visual, text, features, valid, threshold, share, budget=None, most=None, width=None, reach=0.0):
     visual = slow_importance(slow_contrast(visual, valid, ATTENTION_POWER), features, valid)
     novelty = slow_novelty(visual, features, valid)
     novel = int((novelty[valid] > threshold * slow_mean_distance(features, valid)).sum())
+    if most is not None and novel + int(novel < int(valid.sum())) > most:
+        budget = most  # one token too many: as many as a budget of the bound would give
     if budget is not None:  # one of them for the rest, as long as something is left over
         novel = budget - int(1 < budget < int(valid.sum()))
     num_text = 0 if text is None else int(share * novel)
@@ -92,28 +100,29 @@ def draw(seed, batch=2, patches=30, channels=6):
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("budget", [None, 9])
-def test_against_a_slow_version(seed, budget):
+@pytest.mark.parametrize("limits", [{}, {"budget": 9}, {"most": 1}, {"most": 9}, {"most": 15}, {"most": 30}], ids=str)
+def test_against_a_slow_version(seed, limits):
     visual, text, features, valid = draw(seed)
     valid = valid if seed % 2 else torch.ones_like(valid)
     text = text if seed % 3 else None
     threshold, share = 0.2 + 0.1 * (seed % 5), 0.25 * (seed % 4)
     width, reach = (None, 5, 6)[seed % 3], 0.3 * (seed % 4)
-    selection = select_tokens(
+    selection = select_by_novelty(
         visual,
+        features,
         text,
         valid=valid,
-        features=features,
+        around=None if width is None else highest_around(width),
         novelty_threshold=threshold,
         text_share=share,
-        grid_width=width,
         text_reach=reach,
-        merge_centres=False,
-        visual_token_budget=budget,
+        visual_token_budget=limits.get("budget"),
+        max_visual_tokens=limits.get("most"),
     )
+    assert selection.centres is None
     for row in range(len(visual)):
         of_row = visual[row], None if text is None else text[row], features[row], valid[row]
-        kept, recovered = slow_selection(*of_row, threshold, share, budget, width, reach)
+        kept, recovered = slow_selection(*of_row, threshold, share, **limits, width=width, reach=reach)
         assert torch.equal(selection.chosen_by_vision[row], kept)
         assert torch.equal(selection.chosen_by_text[row], recovered)
 
@@ -134,35 +143,71 @@ def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge
     visual, text, features = visual.to(dtype), text.to(dtype), features.to(dtype)
     before = visual.clone(), text.clone(), features.clone()
     run = {"novelty_threshold": threshold, "text_share": share, "visual_token_budget": budget}
-    run["merge_lof_neighbors"] = 4
-    run |= {"merge_centres": merge, "min_visual_tokens": 2 if budget is None else 1}
-    selection = select_tokens(visual, text, features=features, **run)
-    masks = selection.chosen_by_vision, selection.chosen_by_text, selection.merge_centres
-    assert not (masks[0] & masks[1] | masks[0] & masks[2] | masks[1] & masks[2]).any()
+    run |= {"merge_remaining": merge, "min_visual_tokens": 2 if budget is None else 1}
+    selection = select_by_novelty(visual, features, text, **run)
+    masks = selection.chosen_by_vision, selection.chosen_by_text
+    assert not (masks[0] & masks[1]).any() and selection.centres is None
     assert torch.equal(masks[0].sum(1), selection.num_visual) and torch.equal(masks[1].sum(1), selection.num_text)
-    assert torch.equal(masks[2].sum(1) + selection.merges_remaining, selection.num_merged)
+    assert torch.equal(selection.merges_remaining.long(), selection.num_merged)
+    num_chosen = selection.num_visual + selection.num_text
+    assert torch.equal(num_chosen + selection.merges_remaining, selection.num_tokens)
+    assert not (selection.merges_remaining & (num_chosen == patches)).any()
+    if not merge:
+        assert not selection.merges_remaining.any()
+    elif budget != 1:  # whatever is left has a part in some token
+        assert (selection.merges_remaining | (num_chosen == patches)).all()
     if budget is None:
-        assert (selection.num_visual + selection.num_text >= 2).all()
+        assert (num_chosen >= 2).all()
     else:
         assert (selection.num_tokens == budget).all()
-    alone = select_tokens(visual[:1], text[:1], features=features[:1], **run)
+    alone = select_by_novelty(visual[:1], features[:1], text[:1], **run)
     assert torch.equal(alone.chosen_by_vision[0], masks[0][0]) and torch.equal(alone.chosen_by_text[0], masks[1][0])
     assert all(torch.equal(a, b) for a, b in zip(before, (visual, text, features)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    patches=st.integers(4, 40),
+    threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]),  # at 0 every patch counts
+    share=st.floats(0, 1),
+    most=st.integers(1, 45),
+    merge=st.booleans(),
+)
+def test_a_bound_gives_no_more_and_then_what_a_budget_gives(seed, patches, threshold, share, most, merge):
+    visual, text, features, valid = draw(seed, 3, patches)
+    valid[:, 0] = True
+    run = {"valid": valid, "novelty_threshold": threshold, "text_share": share, "merge_remaining": merge}
+    unbounded = select_by_novelty(visual, features, text, **run)
+    bounded = select_by_novelty(visual, features, text, **run, max_visual_tokens=most)
+    exact = None
+    if most <= int(valid.sum(1).min()):
+        exact = select_by_novelty(visual, features, text, **run, visual_token_budget=most)
+    for row in range(3):
+        if unbounded.num_tokens[row] <= most:
+            expected = unbounded
+        elif exact is None:
+            continue
+        else:
+            expected = exact
+            assert bounded.num_tokens[row] == most
+        for name in ("chosen_by_vision", "chosen_by_text", "merges_remaining"):
+            assert torch.equal(getattr(bounded, name)[row], getattr(expected, name)[row]), name
 
 
 def test_a_copy_of_a_better_patch_is_never_chosen_before_something_new():
     features = torch.eye(12)[None].repeat(1, 2, 1)  # every patch twice
     visual = torch.linspace(1, 0.5, 24)[None]
-    selection = select_tokens(visual, features=features, merge_centres=False, visual_token_budget=13)
+    selection = select_by_novelty(visual, features, visual_token_budget=13)
     assert selection.chosen_by_vision[0, :12].all() and not selection.chosen_by_vision[0, 12:].any()
-    plain = select_tokens(visual, merge_centres=False, visual_token_budget=13, merge_remaining=False)
+    plain = select_by_outliers(visual, min_visual_tokens=13)
     assert plain.chosen_by_vision[0, :13].all()
 
 
 @pytest.mark.parametrize("budget", [1, 2, 29, 30])
 def test_the_rest_is_one_token_whatever_the_budget(budget):
     visual, text, features, _ = draw(2)
-    selection = select_tokens(visual, text, features=features, visual_token_budget=budget, merge_centres=False)
+    selection = select_by_novelty(visual, features, text, visual_token_budget=budget)
     assert selection.num_tokens.tolist() == [budget, budget]
     assert selection.num_merged.tolist() == [int(1 < budget < 30)] * 2
     assert selection.merges_remaining.tolist() == [1 < budget < 30] * 2
@@ -172,11 +217,9 @@ def test_text_recovers_what_vision_did_not_keep():
     """The one patch that answers the question is recovered, though attention ignores it."""
     visual, text, features, _ = draw(3, batch=1)
     visual[0, 7], text[0, 7] = 0.0, 2.0
-    selection = select_tokens(visual, text, features=features, visual_token_budget=6, merge_centres=False)
+    selection = select_by_novelty(visual, features, text, visual_token_budget=6)
     assert selection.chosen_by_text[0, 7]
-    without = select_tokens(
-        visual, text, torch.tensor([False]), features=features, visual_token_budget=6, merge_centres=False
-    )
+    without = select_by_novelty(visual, features, text, torch.tensor([False]), visual_token_budget=6)
     assert not without.chosen_by_vision[0, 7] and without.num_text.item() == 0
 
 
@@ -186,34 +229,34 @@ def test_what_stands_beside_a_relevant_patch_comes_with_it():
     visual, text = torch.rand(1, 36, generator=torch.Generator().manual_seed(0)), torch.full((1, 36), 0.1)
     text[0, 14], text[0, 20] = 1.0, 0.05  # on a grid of 6 x 6, one above the other
     visual[0, 14], visual[0, 20] = 0.0, 0.0
-    run = {"features": features, "visual_token_budget": 11, "merge_centres": False, "grid_width": 6, "text_share": 1.0}
+    run = {"features": features, "visual_token_budget": 11, "around": highest_around(6), "text_share": 1.0}
     around = [7, 8, 9, 13, 15, 19, 20, 21]
-    assert select_tokens(visual, text, **run).chosen_by_text[0, [14, *around]].all()
-    assert not select_tokens(visual, text, **run, text_reach=0.0).chosen_by_text[0, 20]
-    at_the_edge = select_tokens(visual, text.roll(-3, 1), **run)  # 14 is now 11, the last of its row
+    assert select_by_novelty(visual, text_scores=text, **run).chosen_by_text[0, [14, *around]].all()
+    assert not select_by_novelty(visual, text_scores=text, **run, text_reach=0.0).chosen_by_text[0, 20]
+    at_the_edge = select_by_novelty(visual, text_scores=text.roll(-3, 1), **run)  # 14 is now 11, the last of its row
     assert at_the_edge.chosen_by_text[0, [4, 5, 10, 11, 16, 17]].all()
     assert not at_the_edge.chosen_by_text[0, [6, 12, 18]].all()
     with pytest.raises(ValueError, match="grid_width must divide the number of patches .36., got 5"):
-        select_tokens(visual, text, **{**run, "grid_width": 5})
+        select_by_novelty(visual, text_scores=text, **{**run, "around": highest_around(5)})
 
 
 def test_patches_around_one_peak_are_told_apart_by_their_own_relevance():
     """Rounding must not decide which of the eight comes first, where none of them has likes."""
     visual, text = torch.full((1, 36), 0.5), torch.zeros(1, 36)
     text[0, 14], text[0, 21], text[0, 9] = 1.0, 0.2, 0.1
-    run = {"features": torch.eye(36)[None], "grid_width": 6, "text_share": 1.0, "merge_centres": False}
+    run = {"features": torch.eye(36)[None], "around": highest_around(6), "text_share": 1.0}
     for noise in (0.0, 1e-6, -1e-6):
         noisy = text + noise * torch.rand(1, 36, generator=torch.Generator().manual_seed(0))
-        recovered = select_tokens(visual, noisy, **run, visual_token_budget=4).chosen_by_text[0]
+        recovered = select_by_novelty(visual, text_scores=noisy, **run, visual_token_budget=4).chosen_by_text[0]
         assert recovered.nonzero().flatten().tolist() == [9, 14, 21]
 
 
 def test_features_that_are_no_numbers_spoil_nothing_else():
     visual, text, features, _ = draw(5)
-    expected = select_tokens(visual, text, features=features, merge_centres=False)
+    expected = select_by_novelty(visual, features, text)
     spoiled = features.clone()
     spoiled[0] = float("nan")
-    selection = select_tokens(visual, text, features=spoiled, merge_centres=False)
+    selection = select_by_novelty(visual, spoiled, text)
     assert torch.equal(selection.chosen_by_vision[1], expected.chosen_by_vision[1])
     assert selection.num_tokens[0] >= 1
 
@@ -228,7 +271,42 @@ def test_half_precision_tells_near_copies_apart(dtype):
     visual = torch.linspace(1, 0.5, 40)[None]
     for threshold in torch.linspace(0.003, 0.037, 17).tolist():
         counts = [
-            select_tokens(visual, features=given, novelty_threshold=threshold, merge_centres=False).num_visual.item()
+            select_by_novelty(visual, given, novelty_threshold=threshold).num_visual.item()
             for given in (features, features.float())
         ]
         assert counts[0] == counts[1]
+
+
+def test_an_image_without_valid_patches_has_no_token():
+    visual, text, features, valid = draw(6, batch=3)
+    valid[1] = False
+    for limits in ({}, {"min_visual_tokens": 5}, {"max_visual_tokens": 4}):
+        selection = select_by_novelty(visual, features, text, valid=valid, **limits)
+        assert selection.num_tokens[1] == 0 and (selection.num_tokens[[0, 2]] > 0).all()
+        assert not (selection.chosen & ~valid).any()
+
+
+def test_the_highest_around_equals_a_loop():
+    values = torch.rand(2, 2, 24, generator=torch.Generator().manual_seed(0))
+    found = highest_around(6)(values)
+    for i in range(24):
+        beside = [j for j in range(24) if abs(i // 6 - j // 6) <= 1 and abs(i % 6 - j % 6) <= 1]
+        assert torch.equal(found[:, :, i], values[:, :, beside].amax(2))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"visual_token_budget": 31}, r"visual_token_budget \(31\) is larger than .* \(30\)"),
+        ({"visual_token_budget": 0}, "visual_token_budget must be at least 1, got 0"),
+        ({"max_visual_tokens": 0}, "max_visual_tokens must be at least 1, got 0"),
+        ({"text_scores": torch.ones(2, 29)}, r"text_scores has shape \(2, 29\), but visual_scores \(2, 30\)"),
+        ({"valid": torch.ones(2, 29).bool()}, r"valid has shape \(2, 29\), but visual_scores \(2, 30\)"),
+        ({"around": highest_around(0), "text_scores": torch.ones(2, 30)}, "grid_width must divide .* got 0"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_an_error(settings, message):
+    visual, _, features, _ = draw(7)
+    with pytest.raises(ValueError, match=message):
+        select_by_novelty(visual, features, **settings)
