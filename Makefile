@@ -54,9 +54,10 @@ endef
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python $(PYTEST) --dist loadfile tests/vllm_plugin
 
-# An OpenAI server of the embedded checkpoint on this machine's CPU. (`vllm serve` crashes in the CPU build 0.32.0.)
+# An OpenAI server of the embedded checkpoint on this machine's CPU. (`vllm serve` crashes in the CPU build 0.32.0.) vLLM's
+# sampler would compile two functions at their first use, which keeps the first client waiting for half a minute.
 serve: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m vllm.entrypoints.launchers.api_server.entry --config vllm_plugin/cpu_server.yaml --port $(PORT)
+	TORCHDYNAMO_DISABLE=1 $(VENV)-vllm/bin/python -m vllm.entrypoints.launchers.api_server.entry --config vllm_plugin/cpu_server.yaml --port $(PORT)
 
 quality: $(VENV)/.installed
 	$(PYTHON) -m ruff check .

@@ -13,7 +13,7 @@ import pytest
 import torch
 from asked_server import AskedServer, for_transformers, url_part, user
 from PIL import Image
-from reference import Reference
+from reference import REPO, Reference
 
 from demo.scene import ANSWERS, PICTURE
 from training.examples import scene_examples
@@ -168,6 +168,9 @@ def test_example_with_a_server(server):
         [*command, "--budget", "16", "Where is the cactus?"], cwd=ROOT, capture_output=True, text=True
     )
     assert re.search(r"\((2\d) prompt tokens\)", short.stdout)
+    question, answer = next(iter(ANSWERS.items()))
+    adaptive = subprocess.run([*command, "--adaptive", REPO, question], cwd=ROOT, capture_output=True, text=True)
+    assert adaptive.stdout.startswith(f"{question}  {answer}  (")
 
 
 def test_example_without_a_server():
