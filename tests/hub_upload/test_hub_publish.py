@@ -16,7 +16,7 @@ from loopback_hub import Blob, Fault, LoopbackHub, Repo, wait_for
 
 from hub_upload.__main__ import _build_or_reuse, parser
 from hub_upload.checkpoint import read_json
-from hub_upload.publish import HubFailure, explained
+from hub_upload.hub import HubFailure, explained
 
 
 SECRET = "hf_SecretSecretSecretSecretSecret"

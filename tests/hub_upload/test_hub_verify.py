@@ -11,7 +11,8 @@ from command_line import REPO_ID
 import hub_upload.verify as verify_module
 from hub_upload.build import EXTRA_SHARD, build
 from hub_upload.checkpoint import INDEX, file_sha256, read_json, write_json
-from hub_upload.verify import Check, loading_problems, table, verify
+from hub_upload.inspection import Check, table
+from hub_upload.verify import loading_problems, verify
 
 
 def failed(checks: list[Check]) -> set[str]:
