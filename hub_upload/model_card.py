@@ -150,7 +150,7 @@ def _fewer_tokens(config: dict[str, Any], least: int) -> str:
         return f"model.config.visual_token_budget = processor.visual_token_budget = {fewer}  # from the next prompt on"
     name, value = {"novelty": ("novelty_threshold", 0.5), "paper": ("lof_threshold", 2.0)}[selection_of(config)]
     higher = value if config[name] < value else 2 * config[name]
-    return f"model.config.{name} = {higher:g}  # fewer tokens; takes effect on the next call"
+    return f"model.config.{name} = {float(higher)}  # fewer tokens; takes effect on the next call"
 
 
 def _switch_off(config: dict[str, Any]) -> str:

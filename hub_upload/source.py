@@ -69,14 +69,9 @@ def copy_without_weights(source: Source, target: Path) -> Path:
                 stacklevel=2,
             )
             continue
-        shutil.copyfile(path, target / path.name)
-        if is_configuration(path.name):
-            _remove_code(target / path.name)
+        content = read_json(path) if is_configuration(path.name) else None
+        if content is not None and (cleaned := without_code(content)) != content:
+            (target / path.name).write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, target / path.name)
     return target
-
-
-def _remove_code(path: Path) -> None:
-    content = read_json(path)
-    cleaned = without_code(content)
-    if cleaned != content:  # otherwise the bytes stay as they are
-        path.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
