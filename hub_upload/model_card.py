@@ -86,11 +86,12 @@ def _named(source: dict[str, Any], stated: BaseCard | None = None) -> str:
         page, revision = _page(source["repo_id"]), source["revision"]
         return f"[{source['repo_id']}]({page}) (commit [`{revision[:8]}`]({page}/tree/{revision}))"
     made_from = ", ".join(f"[{name}]({_page(name)})" for name in (stated.base_model if stated else ()))
-    return f"`{source['folder']}` (the publisher's own checkpoint{f', made from {made_from}' if made_from else ''})"
+    made_from = f", made from {made_from}" if made_from else ""
+    return f"`{_line(source['folder'])}` (a local checkpoint of the publisher{made_from})"
 
 
 def _title(source: dict[str, Any]) -> str:
-    return str(source.get("repo_id") or source["folder"]).split("/")[-1]
+    return str(source.get("repo_id") or _line(source["folder"])).split("/")[-1]
 
 
 # ------------------------------------------------------------------------------------- what the settings do, in words
@@ -108,17 +109,18 @@ def _what_it_keeps(config: dict[str, Any]) -> str:
         return f"it keeps what the vision tower attends to, **recovers what the question asks about**, and {rest}"
     rest = "merges what is left into one token" if config["merge_remaining"] else "drops what is left"
     return (
-        f"it keeps patches that are unlike each other, {100 * config['text_share']:.0f} % of them for **what the "
-        f"question asks about** and the others for what the vision tower attends to, and {rest}"
+        "it chooses patches by their importance and by how unlike each other they are, "
+        f"{100 * config['text_share']:.0f} % of them for **what the question asks about** and the others for what the "
+        f"vision tower attends to, and {rest}"
     )
 
 
 def _whose_selection(config: dict[str, Any]) -> str:
     if selection_of(config) == "paper":
-        return f"The method is that of Chen et al., {PAPER}; no training is involved."
+        return f"The selection is that of Chen et al., {PAPER}, with the settings below; no training is involved."
     return (
         f"The idea of recovering tokens for the question, without training, is that of Chen et al., {PAPER}; how "
-        "tokens are chosen here is not the paper's: it spends none on a near copy of another. "
+        "tokens are chosen here is not the paper's. "
         '`model.config.use_preset("paper")` switches to the paper\'s way.'
     )
 
@@ -131,7 +133,7 @@ def _how_many(config: dict[str, Any], patches: int) -> str:
             f"({100 * budget / patches:.0f} %), whatever the image and the question."
         )
     depends = {
-        "novelty": "depends on the image alone: as many as show something new. The question decides which they are",
+        "novelty": "depends on the image alone: as many as show something new. The question has a say in which they are",
         "paper": "depends on the image and on the question: as many as stand out in class attention, then in relevance",
     }[selection_of(config)]
     bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)

@@ -32,7 +32,7 @@ def test_changed_code_is_found_and_not_executed(built, not_executed):
         code.write("import os\n")
     checks = verify(built)
     assert failed(checks) == {"code equals trust_remote_code.md", "loads"}
-    assert "token_recovery.py" in table(checks) and "2 of 6 checks failed" in table(checks)
+    assert "token_recovery.py" in table(checks) and "2 of 9 checks failed" in table(checks)
 
 
 def test_unlisted_code_is_found(built, not_executed):
@@ -69,7 +69,10 @@ def test_pickles_and_missing_classes_are_found(built, not_executed):
     config = read_json(built / "config.json")
     del config["auto_map"]["AutoModelForMultimodalLM"]
     write_json(built / "config.json", config)
-    assert failed(verify(built)) == {"no pickles", "auto_map is complete", "loads"}
+    assert failed(verify(built)) == {
+        *("no pickles", "auto_map is complete", "loads"),
+        "settings equal provenance.json",
+    }
 
 
 def test_wrong_targets(built, tmp_path):
