@@ -113,26 +113,40 @@ class Step:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def write_base(folder: Path, size: Size) -> int:
-    """A stock LLaVA with random weights in float16 and its processor; returns the bytes of its weights."""
-    tokenizer = language_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision_config = {**VISION_TOWER, **size.vision_tower, "model_type": "clip_vision_model"}
-    side = vision_config["image_size"]
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config={"model_type": "llama", **size.language_model, **special},
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+def base_config(size: Size) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config={**VISION_TOWER, **size.vision_tower, "model_type": "clip_vision_model"},
+        text_config={"model_type": "llama", **size.language_model, **special_tokens(language_tokenizer())},
+        image_token_index=language_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=False,
         dtype="float16",
     )
+
+
+def clip_config(size: Size) -> CLIPConfig:
+    projection_dim = VISION_TOWER["projection_dim"]
+    return CLIPConfig(
+        vision_config={**VISION_TOWER, **size.vision_tower},
+        text_config={**size.question_tower, **special_tokens(question_tokenizer()), "projection_dim": projection_dim},
+        projection_dim=projection_dim,
+    )
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def write_base(folder: Path, size: Size) -> int:
+    """A stock LLaVA with random weights in float16 and its processor; returns the bytes of its weights."""
+    config, tokenizer = base_config(size), language_tokenizer()
     written = write_weights(folder, LlavaForConditionalGeneration, config, torch.float16)
     config.save_pretrained(folder)
-    GenerationConfig(**special, do_sample=False).save_pretrained(folder)
+    GenerationConfig(**special_tokens(tokenizer), do_sample=False).save_pretrained(folder)
+    side = config.vision_config.image_size
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        patch_size=vision_config["patch_size"],
+        patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
@@ -143,16 +157,10 @@ def write_base(folder: Path, size: Size) -> int:
 
 def write_clip(folder: Path, size: Size) -> int:
     """The CLIP of the base's vision tower, in float32 as it is published, and its tokenizer."""
-    tokenizer = question_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        vision_config={**VISION_TOWER, **size.vision_tower},
-        text_config={**size.question_tower, **special, "projection_dim": VISION_TOWER["projection_dim"]},
-        projection_dim=VISION_TOWER["projection_dim"],
-    )
+    config = clip_config(size)
     written = write_weights(folder, CLIPModel, config, torch.float32)
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    question_tokenizer().save_pretrained(folder)
     return written
 
 

@@ -133,7 +133,7 @@ def _how_many(config: dict[str, Any], patches: int) -> str:
             f"({100 * budget / patches:.0f} %), whatever the image and the question."
         )
     depends = {
-        "novelty": "depends on the image alone: as many as show something new. The question has a say in which they are",
+        "novelty": "depends on the image alone: as many as show something new. The question has a say in which",
         "paper": "depends on the image and on the question: as many as stand out in class attention, then in relevance",
     }[selection_of(config)]
     bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)

@@ -75,6 +75,50 @@ def test_pickles_and_missing_classes_are_found(built, not_executed):
     }
 
 
+def test_what_would_be_loaded_instead_is_found_and_not_executed(built, not_executed):
+    for name, check in (
+        ("adapter_config.json", "nothing else is loaded"),
+        ("model.safetensors", "nothing else is loaded"),
+        ("custom_generate/generate.py", "nothing else is loaded"),
+        ("deep/more.py", "code equals trust_remote_code.md"),
+    ):
+        (built / name).parent.mkdir(exist_ok=True)
+        (built / name).write_text("{}")
+        if name == "model.safetensors":  # preferred to the index, and broken
+            assert failed(verify(built)) == {"files can be read"}
+        else:
+            assert check in failed(verify(built))
+        (built / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "config.json", "question_tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"auto_map": 5, "files": 5}', b"\xff", b"[" * 100_000])
+def test_damaged_settings_are_found_and_not_executed(built, not_executed, name, content):
+    (built / name).unlink()
+    (built / name).write_bytes(content)
+    assert not all(check.passed for check in verify(built))
+
+
+def change_code(folder: Path) -> None:
+    """Other code, listed with its hash everywhere, as in a repository of somebody who wants it to be run."""
+    code, page = folder / "token_recovery.py", folder / "trust_remote_code.md"
+    before = file_sha256(code)
+    code.write_text(code.read_text() + "\nOTHER = True\n")
+    page.write_text(page.read_text().replace(before, file_sha256(code)))
+    provenance = read_json(folder / "provenance.json")
+    provenance["files"] |= {path.name: file_sha256(path) for path in (code, page)}
+    write_json(folder / "provenance.json", provenance)
+
+
+def test_code_that_is_not_the_packages_is_not_run_unasked(built, not_executed):
+    change_code(built)
+    checks = verify(built)
+    assert failed(checks) == {"loads"}
+    assert "token_recovery.py" in checks[-1].detail and "--trust-remote-code" in checks[-1].detail
+    with pytest.raises(AssertionError, match="was executed"):
+        verify(built, trust_remote_code=True)
+
+
 def test_wrong_targets(built, tmp_path):
     with pytest.raises(ValueError, match="belongs to a repo id"):
         verify(built, revision="main")
