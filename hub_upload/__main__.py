@@ -106,7 +106,7 @@ def _build_or_reuse(arguments: argparse.Namespace, output: Path) -> Path:
     """Builds; a folder left by an earlier push of the same things is taken again, so that a push can be repeated."""
     if not (output / PROVENANCE).is_file():
         return _build(arguments, output)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.again-", dir=output.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{output.name[:48]}.again-", dir=output.parent) as temporary:
         again = _build(arguments, Path(temporary, output.name))
         if not is_same_build(read_provenance(again), read_provenance(output)):
             raise ValueError(

@@ -224,11 +224,19 @@ def earlier_provenance(client: HfApi, repo_id: str, target: Target) -> dict[str,
     """What the target says of itself, if this tool published it."""
     if PROVENANCE not in target.files:
         return None
+    content = _parsed(hub.read_text(client, repo_id, PROVENANCE, target.start))
     try:
-        content = json.loads(hub.read_text(client, repo_id, PROVENANCE, target.start))
         return checked_provenance(content if isinstance(content, dict) else {}, repo_id)
+    except ValueError as error:
+        raise ValueError(f"repo_id={repo_id!r}: {error}; or choose another repo id") from None
+
+
+def _parsed(text: str) -> Any:
+    """The JSON in `text`, or None."""
+    try:
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{PROVENANCE} of {repo_id} is not valid JSON: choose another repo id") from None
+        return None
 
 
 def refuse_replacing(
@@ -268,11 +276,9 @@ def refuse_leftovers(client: HfApi, repo_id: str, target: Target, plan: list[Pla
     left = target.files.keys() - {entry.path for entry in plan}
     wrong = {*loaded_instead(left), *pickled_files(left, is_published=True)}
     for path in filter(is_configuration, left - wrong):
-        try:
-            foreign = foreign_code(json.loads(hub.read_text(client, repo_id, path, target.start)))
-        except (json.JSONDecodeError, RecursionError):
-            foreign = ["not valid JSON"]
-        wrong |= {f"{path} ({entry})" for entry in foreign}
+        settings = _parsed(hub.read_text(client, repo_id, path, target.start))
+        wrong |= {f"{path} ({entry})" for entry in foreign_code(settings)}
+        wrong |= set() if isinstance(settings, dict) else {f"{path} (not a JSON object)"}
     if wrong:
         raise ValueError(
             f"repo_id={repo_id!r} holds files that would be loaded or run in place of this model, and that this tool "

@@ -57,12 +57,13 @@ def copy_without_weights(source: Source, target: Path) -> Path:
     content would be published.
     """
     target.mkdir()
-    is_in_cache = source.folder.parent.name == "snapshots"
-    root = source.folder.parents[1] if is_in_cache else source.folder
+    inside = [source.folder.resolve()]
+    if source.folder.parent.name == "snapshots" and source.folder.parents[1].name.startswith("models--"):
+        inside.append((source.folder.parents[1] / "blobs").resolve())
     for path in sorted(source.folder.iterdir()):
         if not _matches(path.name, SOURCE_PATTERNS) or not path.is_file():
             continue
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not any(path.resolve().is_relative_to(folder) for folder in inside):
             warnings.warn(
                 f"{path} is a link to a place outside of its checkpoint and is left out, as what lies there would be "
                 "published. Put a copy of the file in its place if it belongs to the checkpoint",

@@ -229,16 +229,17 @@ def test_configurations_as_they_are_published():
     assert "max_length" not in config["question_config"]
 
 
-@pytest.mark.parametrize("kind", ["absolute", "relative"])
+@pytest.mark.parametrize("kind", ["absolute", "relative", "snapshot"])
 def test_links_out_of_a_local_base_are_not_followed(tmp_path, base, clip, kind):
     """A license, a template, settings: what a link of a stranger's base points to would be published."""
-    copied = save_layout(base, tmp_path / "base", "as in memory", shards=2)
+    folder = tmp_path / ("models--a/snapshots/base" if kind == "snapshot" else "base")
+    copied = save_layout(base, folder, "as in memory", shards=2)
     secret = tmp_path / "secret"
     secret.write_text('{"my": "secret"}')
     names = ("LICENSE", "NOTICE.md", "USE_POLICY.txt", "chat_template.jinja", "generation_config.json")
     for name in names:
         (copied / name).unlink(missing_ok=True)
-        (copied / name).symlink_to(secret if kind == "absolute" else Path("..", "secret"))
+        (copied / name).symlink_to(Path("..", "secret") if kind == "relative" else secret)
     template = tmp_path / "template.jinja"
     template.write_text(tiny.CHAT_TEMPLATE)
     with pytest.warns(UserWarning, match="is a link to a place outside of its checkpoint") as warned:
