@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from recoverable_llava.configuration_recoverable_llava import PRESETS
+from recoverable_llava.recovery_settings import PRESETS
 from recoverable_llava.tools.asking import (
     Answer,
     ask,
@@ -37,7 +37,7 @@ EXAMPLES = [
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
     """The app around a model and its processor, as `recoverable_llava.tools.asking.load` returns them."""
     num_patches, config = model.config.num_patches, model.config
-    own_preset = "default" if config.diversity else "paper"
+    own_preset = "default" if config.selection == "novelty" else "paper"
     # The first call is slower than all others, and would be held against the compressed answer.
     ask(model, processor, [user_turn(EXAMPLES[0][1], open_picture(SCENES / EXAMPLES[0][0]))], max_new_tokens=2)
 
@@ -47,7 +47,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
 
     def threshold_of(preset: str) -> dict[str, Any]:
         """Range and value of the slider: novelty, or the paper's Local Outlier Factor."""
-        if PRESETS[preset]["diversity"]:
+        if PRESETS[preset]["selection"] == "novelty":
             return {"minimum": 0.0, "maximum": 1.0, "step": 0.05, "value": config.novelty_threshold}
         return {"minimum": 1.0, "maximum": 4.0, "step": 0.1, "value": config.lof_threshold}
 

@@ -54,7 +54,7 @@ def main() -> None:
         recoveries[question], answers[question] = recovery, said[True][0]
 
         selection = recovery.selection
-        total, kept = selection.kept_by_vision.shape[1], int(selection.num_tokens)
+        total, kept = selection.chosen_by_vision.shape[1], int(selection.num_tokens)
         print(question)
         if not arguments.question and arguments.image == str(PICTURE):
             print(f"  to be seen     {ANSWERS[question]}")

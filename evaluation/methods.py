@@ -15,7 +15,7 @@ from evaluation import peers
 from evaluation.ablations import ABLATIONS
 from evaluation.evidence import Evidence
 from evaluation.report import ALL_TOKENS
-from recoverable_llava.configuration_recoverable_llava import PRESETS
+from recoverable_llava.recovery_settings import PRESETS
 from recoverable_llava.token_recovery import Assembly
 
 

@@ -19,7 +19,7 @@ for question in ("What word is under the lemon?", "Where is the cactus?"):
     recoveries[question] = model.recover_tokens(**inputs.to(model.device, dtype=model.dtype))
     selection = recoveries[question].selection
     print(
-        f"{question} {int(selection.num_tokens)} of {selection.kept_by_vision.shape[1]} visual tokens: "
+        f"{question} {int(selection.num_tokens)} of {selection.chosen_by_vision.shape[1]} visual tokens: "
         f"{int(selection.num_visual)} kept by vision, {int(selection.num_text)} recovered for the question, "
         f"{int(selection.num_merged)} merged"
     )

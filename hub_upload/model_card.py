@@ -97,14 +97,9 @@ def _title(source: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------- what the settings do, in words
 
 
-def selection_of(config: dict[str, Any]) -> str:
-    """The name of the selection that these settings choose: "novelty", this project's own, or "paper"."""
-    return "novelty" if config["diversity"] else "paper"
-
-
 def _what_it_keeps(config: dict[str, Any]) -> str:
     """Follows "drops visual tokens:"."""
-    if selection_of(config) == "paper":
+    if config["selection"] == "paper":
         rest = "merges what is left around a few centres"
         return f"it keeps what the vision tower attends to, **recovers what the question asks about**, and {rest}"
     rest = "merges what is left into one token" if config["merge_remaining"] else "drops what is left"
@@ -116,7 +111,7 @@ def _what_it_keeps(config: dict[str, Any]) -> str:
 
 
 def _whose_selection(config: dict[str, Any]) -> str:
-    if selection_of(config) == "paper":
+    if config["selection"] == "paper":
         return f"The selection is that of Chen et al., {PAPER}, with the settings below; no training is involved."
     return (
         f"The idea of recovering tokens for the question, without training, is that of Chen et al., {PAPER}; how "
@@ -135,7 +130,7 @@ def _how_many(config: dict[str, Any], patches: int) -> str:
     depends = {
         "novelty": "depends on the image alone: as many as show something new. The question has a say in which",
         "paper": "depends on the image and on the question: as many as stand out in class attention, then in relevance",
-    }[selection_of(config)]
+    }[config["selection"]]
     bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)
     within = f" ({' and '.join(bounds)})" if bounds else ""
     return (
@@ -150,7 +145,7 @@ def _fewer_tokens(config: dict[str, Any], least: int) -> str:
     if budget is not None:
         fewer = 8 if least <= 8 < budget else max(least, budget // 2)
         return f"model.config.visual_token_budget = processor.visual_token_budget = {fewer}  # from the next prompt on"
-    name, value = {"novelty": ("novelty_threshold", 0.5), "paper": ("lof_threshold", 2.0)}[selection_of(config)]
+    name, value = {"novelty": ("novelty_threshold", 0.5), "paper": ("lof_threshold", 2.0)}[config["selection"]]
     higher = value if config[name] < value else 2 * config[name]
     return f"model.config.{name} = {float(higher)}  # fewer tokens; takes effect on the next call"
 

@@ -24,7 +24,7 @@ HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *]([\w.-]+\.py)$", flags=re.MULTILINE
 
 
 CONFIGURATION = "configuration_recoverable_llava.py"
-NOT_RECOVERY = {"question_config"}
+SETTINGS = "recovery_settings.py"
 
 # Entries of a configuration, at any depth, that make transformers run code of a repository: classes, pipelines, a
 # generation loop; and one that has another file read in place of config.json.
@@ -53,23 +53,23 @@ def package_folder() -> Path:
 
 
 @cache
-def _configuration_source() -> ast.Module:
-    return ast.parse((package_folder() / CONFIGURATION).read_text(encoding="utf-8"))
+def _parsed(name: str) -> ast.Module:
+    return ast.parse((package_folder() / name).read_text(encoding="utf-8"))
 
 
 def configuration_fields() -> dict[str, type]:
-    """Every recovery setting of RecoverableLlavaConfig and its type, read from the source: no second list to keep."""
-    classes = {node.name: node for node in _configuration_source().body if isinstance(node, ast.ClassDef)}
+    """Every recovery setting and its type, read from the source: no second list to keep."""
+    classes = {node.name: node for node in _parsed(SETTINGS).body if isinstance(node, ast.ClassDef)}
     kinds = {"bool": bool, "int": int, "float": float, "str": str}
-    annotated = [node for node in classes["RecoverableLlavaConfig"].body if isinstance(node, ast.AnnAssign)]
+    annotated = [node for node in classes["RecoverySettingsMixin"].body if isinstance(node, ast.AnnAssign)]
     types = {ast.unparse(node.target): ast.unparse(node.annotation).split(" | ")[0] for node in annotated}
-    return {name: kinds[kind] for name, kind in types.items() if name not in NOT_RECOVERY}
+    return {name: kinds[kind] for name, kind in types.items()}
 
 
 @cache
 def package_auto_map() -> dict[str, str]:
     """AUTO_MAP of the configuration, read from the source, as importing it takes torch."""
-    for node in _configuration_source().body:
+    for node in _parsed(CONFIGURATION).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AUTO_MAP":
             return dict(ast.literal_eval(node.value))
     raise ImportError(f"{CONFIGURATION} holds no AUTO_MAP")

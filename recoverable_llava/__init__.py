@@ -10,6 +10,7 @@ from .configuration_recoverable_llava import RecoverableLlavaConfig
 from .modeling_recoverable_llava import (
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
+    RecoverableLlavaVisionModel,
     Recovery,
     VisionFeatures,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "RecoverableLlavaForConditionalGeneration",
     "RecoverableLlavaModel",
     "RecoverableLlavaProcessor",
+    "RecoverableLlavaVisionModel",
     "Recovery",
     "VisionFeatures",
 ]

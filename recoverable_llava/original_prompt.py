@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
 
-from .prompt_shortening import CompressedHistory, unshortened_prompt
+from .cache_history import CompressedHistory
+from .short_prompt import ShortPrompt
+from .transformers_names import num_cached_rows
+
+
+CALLBACK_LISTS = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
 
 
 @dataclass
@@ -23,7 +28,44 @@ class GenerationPrompt:
     loop_ids: torch.Tensor  # [B, S]
     short_attention_mask: torch.Tensor  # [B, cached + new]
     visual_embeds: torch.Tensor | None  # [B, cached + new, D]
+    inputs_embeds: torch.Tensor | None  # [B, S, D] where the prompt was given as embeddings, visual ones included
     history: CompressedHistory  # all that will be cached once this prompt is
+
+    def __post_init__(self) -> None:
+        self.original_length = self.given_ids.shape[1]
+        self.num_dropped = self.original_length - self.loop_ids.shape[1]
+
+    def hide_ids(self) -> None:
+        """For a prompt that was given as embeddings alone: stock then returns the new tokens without it."""
+        self.given_ids, self.loop_ids = self.given_ids[:, :0], self.loop_ids[:, :0]
+
+    def loop_inputs(self) -> dict[str, torch.Tensor]:
+        """What stock `generate` gets in place of the caller's prompt."""
+        inputs = {
+            "input_ids": self.loop_ids if self.loop_ids.shape[1] else None,
+            "attention_mask": self.short_attention_mask,
+            "visual_embeds": None if self.inputs_embeds is not None else self.visual_embeds,
+            "inputs_embeds": self.inputs_embeds,
+        }
+        return {name: value for name, value in inputs.items() if value is not None}
+
+    def callbacks(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The caller's streamer, logits processors and the like, each shown the original prompt."""
+        changed = {
+            name: list_class(OriginalPromptCallback(callback, self) for callback in options[name])
+            for name, list_class in CALLBACK_LISTS.items()
+            if options[name] is not None
+        }
+        if options["streamer"] is not None:
+            changed["streamer"] = OriginalPromptStreamer(options["streamer"], self)
+        allowed_tokens = options["prefix_allowed_tokens_fn"]
+        if allowed_tokens is not None:
+
+            def of_original(row: int, ids: torch.Tensor) -> list[int]:
+                return allowed_tokens(row, torch.cat([self.given_ids[row], ids[self.loop_ids.shape[1] :]]))
+
+            changed["prefix_allowed_tokens_fn"] = of_original
+        return changed
 
     def restore(self, ids: torch.Tensor) -> torch.Tensor:
         """Sequences of the loop, [B * beams, S + new], with the original prompt in front."""
@@ -32,16 +74,12 @@ class GenerationPrompt:
 
     def remember(self, cache: Cache, sequences: torch.Tensor) -> None:
         """Give the cache the history that it holds: this prompt and the answers."""
-        if len(sequences) != self._num_cached_rows(cache):
+        if len(sequences) != num_cached_rows(cache):
             return  # beams: the rows of the cache are not those of the sequences, and stock cannot go on from it either
         answer = sequences[:, self.loop_ids.shape[1] :]
         history = self.history.repeated(len(sequences) // len(self.given_ids))
-        history = history.extended(answer, torch.ones_like(answer), unshortened_prompt(answer, None, None))
+        history = history.extended(answer, torch.ones_like(answer), ShortPrompt.unchanged(answer))
         history.cropped(int(cache.get_seq_length())).attach(cache)
-
-    @staticmethod
-    def _num_cached_rows(cache: Cache) -> int:
-        return next((len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None), 0)
 
 
 class OriginalPromptStreamer:
@@ -69,9 +107,3 @@ class OriginalPromptCallback:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.callback, name)
-
-
-def see_original_prompt(callbacks: list | None, prompt: GenerationPrompt, list_class: type) -> list | None:
-    if callbacks is None:
-        return None
-    return list_class(OriginalPromptCallback(callback, prompt) for callback in callbacks)

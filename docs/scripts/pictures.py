@@ -51,9 +51,9 @@ def main() -> None:
     ).save(PICTURES / "questions.png", optimize=True)
 
     recovery = answers[QUESTIONS[1]].recovery
-    selection, nothing = recovery.selection, torch.zeros_like(recovery.selection.kept_by_vision)
-    first = replace(selection, recovered_by_text=nothing, merge_centres=nothing)
-    second = replace(selection, merge_centres=nothing)
+    selection, nothing = recovery.selection, torch.zeros_like(recovery.selection.chosen_by_vision)
+    first = replace(selection, chosen_by_text=nothing, centres=None)
+    second = replace(selection, centres=None)
 
     def drawn(selected: object) -> Image.Image:
         return draw_recovery(picture, replace(recovery, selection=selected), size=PANEL, legend=False)

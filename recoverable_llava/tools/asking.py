@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoProcessor
 
-from recoverable_llava.configuration_recoverable_llava import PRESETS, RecoverableLlavaConfig
+from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
 from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovery
+from recoverable_llava.recovery_settings import PRESETS
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def recovery_settings(
     """
     fields: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
     if threshold is not None:
-        by_novelty = fields.get("diversity", config.diversity)
+        by_novelty = fields.get("selection", config.selection) == "novelty"
         fields["novelty_threshold" if by_novelty else "lof_threshold"] = threshold
     if budget is not None:
         fields["visual_token_budget"] = budget

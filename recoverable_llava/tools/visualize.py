@@ -91,17 +91,18 @@ def draw_questions(
 def _kinds_of_patches(recovery: Any, image_index: int) -> dict[str, np.ndarray]:
     """Masks [grid, grid]: kept by vision, recovered by text, centres of merged tokens, absorbed by a centre."""
     selection = recovery.selection
-    num_images, num_patches = selection.kept_by_vision.shape
+    num_images, num_patches = selection.chosen_by_vision.shape
     if not 0 <= image_index < num_images:
         raise ValueError(
             f"image_index must be from 0 to {num_images - 1}, as recovery has so many images, got {image_index}."
         )
     grid = round(num_patches**0.5)
-    num_centres = int(selection.merge_centres[image_index].sum())
+    centres = selection.chosen & False if selection.centres is None else selection.centres
+    num_centres = int(centres[image_index].sum())
     masks = {
-        "vision": selection.kept_by_vision[image_index],
-        "text": selection.recovered_by_text[image_index],
-        "centre": selection.merge_centres[image_index],
+        "vision": selection.chosen_by_vision[image_index],
+        "text": selection.chosen_by_text[image_index],
+        "centre": centres[image_index],
         "absorbed": (recovery.assembly.merge_weights[image_index, :num_centres] > 0).any(0),
     }
     return {kind: mask.cpu().numpy().reshape(grid, grid) for kind, mask in masks.items()}
@@ -132,7 +133,7 @@ def _legend(recovery: Any, image_index: int, width: int) -> Image.Image:
     num_visual, num_text, num_merged, num_tokens = (
         int(getattr(selection, f"num_{name}")[image_index]) for name in ("visual", "text", "merged", "tokens")
     )
-    num_patches = selection.kept_by_vision.shape[1]
+    num_patches = selection.chosen_by_vision.shape[1]
     rows = [
         ("vision", f"{num_visual} kept by vision"),
         ("text", f"{num_text} recovered for the question"),

@@ -538,7 +538,7 @@ def test_card_says_what_a_person_wants_to_know(built_once):
     assert str(Path(built_once).parent) not in card.text
 
 
-PAPER = {"diversity": False, "text_relevance": "projected", "merge_centres": True}
+PAPER = {"selection": "paper", "text_relevance": "projected"}
 
 
 def card_of(tmp_path: Path, base: str, clip: Path, **arguments: object) -> str:

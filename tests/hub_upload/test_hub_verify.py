@@ -28,18 +28,18 @@ def not_executed(monkeypatch):
 
 
 def test_changed_code_is_found_and_not_executed(built, not_executed):
-    with (built / "token_recovery.py").open("a") as code:
+    with (built / "novelty_selection.py").open("a") as code:
         code.write("import os\n")
     checks = verify(built)
     assert failed(checks) == {"code equals trust_remote_code.md", "loads"}
-    assert "token_recovery.py" in table(checks) and "2 of 9 checks failed" in table(checks)
+    assert "novelty_selection.py" in table(checks) and "2 of 9 checks failed" in table(checks)
 
 
 def test_unlisted_code_is_found(built, not_executed):
     (built / "more.py").write_text("print('more')\n")
     assert "code equals trust_remote_code.md" in failed(verify(built))
     page = built / "trust_remote_code.md"
-    page.write_text(page.read_text().replace("  token_recovery.py", "  forgotten.py"))
+    page.write_text(page.read_text().replace("  novelty_selection.py", "  forgotten.py"))
     assert "code equals trust_remote_code.md" in failed(verify(built))
 
 
@@ -101,7 +101,7 @@ def test_damaged_settings_are_found_and_not_executed(built, not_executed, name, 
 
 def change_code(folder: Path) -> None:
     """Other code, listed with its hash everywhere, as in a repository of somebody who wants it to be run."""
-    code, page = folder / "token_recovery.py", folder / "trust_remote_code.md"
+    code, page = folder / "novelty_selection.py", folder / "trust_remote_code.md"
     before = file_sha256(code)
     code.write_text(code.read_text() + "\nOTHER = True\n")
     page.write_text(page.read_text().replace(before, file_sha256(code)))
@@ -114,7 +114,7 @@ def test_code_that_is_not_the_packages_is_not_run_unasked(built, not_executed):
     change_code(built)
     checks = verify(built)
     assert failed(checks) == {"loads"}
-    assert "token_recovery.py" in checks[-1].detail and "--trust-remote-code" in checks[-1].detail
+    assert "novelty_selection.py" in checks[-1].detail and "--trust-remote-code" in checks[-1].detail
     with pytest.raises(AssertionError, match="was executed"):
         verify(built, trust_remote_code=True)
 

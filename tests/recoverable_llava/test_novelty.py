@@ -115,8 +115,8 @@ def test_against_a_slow_version(seed, budget):
     for row in range(len(visual)):
         of_row = visual[row], None if text is None else text[row], features[row], valid[row]
         kept, recovered = slow_selection(*of_row, threshold, share, budget, width, reach)
-        assert torch.equal(selection.kept_by_vision[row], kept)
-        assert torch.equal(selection.recovered_by_text[row], recovered)
+        assert torch.equal(selection.chosen_by_vision[row], kept)
+        assert torch.equal(selection.chosen_by_text[row], recovered)
 
 
 @settings(max_examples=300, deadline=None)
@@ -138,7 +138,7 @@ def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge
     run["merge_lof_neighbors"] = 4
     run |= {"merge_centres": merge, "min_visual_tokens": 2 if budget is None else 1}
     selection = select_tokens(visual, text, features=features, **run)
-    masks = selection.kept_by_vision, selection.recovered_by_text, selection.merge_centres
+    masks = selection.chosen_by_vision, selection.chosen_by_text, selection.merge_centres
     assert not (masks[0] & masks[1] | masks[0] & masks[2] | masks[1] & masks[2]).any()
     assert torch.equal(masks[0].sum(1), selection.num_visual) and torch.equal(masks[1].sum(1), selection.num_text)
     assert torch.equal(masks[2].sum(1) + selection.merges_remaining, selection.num_merged)
@@ -147,7 +147,7 @@ def test_properties(seed, batch, patches, threshold, share, budget, dtype, merge
     else:
         assert (selection.num_tokens == budget).all()
     alone = select_tokens(visual[:1], text[:1], features=features[:1], **run)
-    assert torch.equal(alone.kept_by_vision[0], masks[0][0]) and torch.equal(alone.recovered_by_text[0], masks[1][0])
+    assert torch.equal(alone.chosen_by_vision[0], masks[0][0]) and torch.equal(alone.chosen_by_text[0], masks[1][0])
     assert all(torch.equal(a, b) for a, b in zip(before, (visual, text, features)))
 
 
@@ -155,9 +155,9 @@ def test_a_copy_of_a_better_patch_is_never_chosen_before_something_new():
     features = torch.eye(12)[None].repeat(1, 2, 1)  # every patch twice
     visual = torch.linspace(1, 0.5, 24)[None]
     selection = select_tokens(visual, features=features, merge_centres=False, visual_token_budget=13)
-    assert selection.kept_by_vision[0, :12].all() and not selection.kept_by_vision[0, 12:].any()
+    assert selection.chosen_by_vision[0, :12].all() and not selection.chosen_by_vision[0, 12:].any()
     plain = select_tokens(visual, merge_centres=False, visual_token_budget=13, merge_remaining=False)
-    assert plain.kept_by_vision[0, :13].all()
+    assert plain.chosen_by_vision[0, :13].all()
 
 
 @pytest.mark.parametrize("budget", [1, 2, 29, 30])
@@ -174,11 +174,11 @@ def test_text_recovers_what_vision_did_not_keep():
     visual, text, features, _ = draw(3, batch=1)
     visual[0, 7], text[0, 7] = 0.0, 2.0
     selection = select_tokens(visual, text, features=features, visual_token_budget=6, merge_centres=False)
-    assert selection.recovered_by_text[0, 7]
+    assert selection.chosen_by_text[0, 7]
     without = select_tokens(
         visual, text, torch.tensor([False]), features=features, visual_token_budget=6, merge_centres=False
     )
-    assert not without.kept_by_vision[0, 7] and without.num_text.item() == 0
+    assert not without.chosen_by_vision[0, 7] and without.num_text.item() == 0
 
 
 def test_what_stands_beside_a_relevant_patch_comes_with_it():
@@ -189,11 +189,11 @@ def test_what_stands_beside_a_relevant_patch_comes_with_it():
     visual[0, 14], visual[0, 20] = 0.0, 0.0
     run = {"features": features, "visual_token_budget": 11, "merge_centres": False, "grid_width": 6, "text_share": 1.0}
     around = [7, 8, 9, 13, 15, 19, 20, 21]
-    assert select_tokens(visual, text, **run).recovered_by_text[0, [14, *around]].all()
-    assert not select_tokens(visual, text, **run, text_reach=0.0).recovered_by_text[0, 20]
+    assert select_tokens(visual, text, **run).chosen_by_text[0, [14, *around]].all()
+    assert not select_tokens(visual, text, **run, text_reach=0.0).chosen_by_text[0, 20]
     at_the_edge = select_tokens(visual, text.roll(-3, 1), **run)  # 14 is now 11, the last of its row
-    assert at_the_edge.recovered_by_text[0, [4, 5, 10, 11, 16, 17]].all()
-    assert not at_the_edge.recovered_by_text[0, [6, 12, 18]].all()
+    assert at_the_edge.chosen_by_text[0, [4, 5, 10, 11, 16, 17]].all()
+    assert not at_the_edge.chosen_by_text[0, [6, 12, 18]].all()
     with pytest.raises(ValueError, match="grid_width must divide the number of patches .36., got 5"):
         select_tokens(visual, text, **{**run, "grid_width": 5})
 
@@ -205,7 +205,7 @@ def test_patches_around_one_peak_are_told_apart_by_their_own_relevance():
     run = {"features": torch.eye(36)[None], "grid_width": 6, "text_share": 1.0, "merge_centres": False}
     for noise in (0.0, 1e-6, -1e-6):
         noisy = text + noise * torch.rand(1, 36, generator=torch.Generator().manual_seed(0))
-        recovered = select_tokens(visual, noisy, **run, visual_token_budget=4).recovered_by_text[0]
+        recovered = select_tokens(visual, noisy, **run, visual_token_budget=4).chosen_by_text[0]
         assert recovered.nonzero().flatten().tolist() == [9, 14, 21]
 
 
@@ -215,7 +215,7 @@ def test_features_that_are_no_numbers_spoil_nothing_else():
     spoiled = features.clone()
     spoiled[0] = float("nan")
     selection = select_tokens(visual, text, features=spoiled, merge_centres=False)
-    assert torch.equal(selection.kept_by_vision[1], expected.kept_by_vision[1])
+    assert torch.equal(selection.chosen_by_vision[1], expected.chosen_by_vision[1])
     assert selection.num_tokens[0] >= 1
 
 

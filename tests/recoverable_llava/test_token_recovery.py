@@ -191,8 +191,8 @@ def assert_selection_equals_slow_version(visual, text, has_question=None, valid=
             None if valid is None else valid[row].tolist(),
             **selection_settings,
         )
-        assert indices(selection.kept_by_vision[row]) == slow.kept
-        assert indices(selection.recovered_by_text[row]) == slow.recovered
+        assert indices(selection.chosen_by_vision[row]) == slow.kept
+        assert indices(selection.chosen_by_text[row]) == slow.recovered
         assert indices(selection.merge_centres[row]) == slow.centres
         assert bool(selection.merges_remaining[row]) == slow.merges_remaining
         counts = [selection.num_visual[row], selection.num_text[row], selection.num_merged[row]]
@@ -269,7 +269,7 @@ def test_default_settings_at_full_size():
         visual, text, keys, merging={"merge_neighbors": 32, "text_merge_weight": 50.0}, **defaults
     )
     same = select_tokens(visual, text)
-    for name in ("kept_by_vision", "recovered_by_text", "merge_centres"):
+    for name in ("chosen_by_vision", "chosen_by_text", "merge_centres"):
         assert torch.equal(getattr(same, name), getattr(selection, name))
 
 
@@ -361,7 +361,7 @@ def test_any_result_is_well_formed(case):
 
     valid = torch.ones_like(case.visual, dtype=torch.bool) if case.valid is None else case.valid
     num_valid = valid.sum(1)
-    visual, text, centres = selection.kept_by_vision, selection.recovered_by_text, selection.merge_centres
+    visual, text, centres = selection.chosen_by_vision, selection.chosen_by_text, selection.merge_centres
     # Counts match the masks, which are disjoint and hold valid patches alone.
     assert torch.equal(visual.sum(1), selection.num_visual)
     assert torch.equal(text.sum(1), selection.num_text)
@@ -432,7 +432,7 @@ def test_permuting_patches_permutes_masks_and_tokens(settings):
         order = torch.randperm(visual.shape[1], generator=torch.Generator().manual_seed(seed))
         selection, _, weights = recover(visual, keys, text, **settings)
         moved, _, moved_weights = recover(visual[:, order], keys[:, order], text[:, order], **settings)
-        for name in ("kept_by_vision", "recovered_by_text", "merge_centres"):
+        for name in ("chosen_by_vision", "chosen_by_text", "merge_centres"):
             assert torch.equal(getattr(selection, name)[:, order], getattr(moved, name)), name
         for row, moved_row in zip(weights[:, :, order], moved_weights):
             # The same tokens, in the new raster order.
@@ -449,7 +449,7 @@ def test_only_differences_of_relevance_matter():
     text = (text * 1024).round() / 1024  # so that the shift is exact
     first, _, weights = recover(visual, keys, text)
     second, _, weights_shifted = recover(visual, keys, text + 3)
-    assert torch.equal(first.recovered_by_text, second.recovered_by_text)
+    assert torch.equal(first.chosen_by_text, second.chosen_by_text)
     torch.testing.assert_close(weights, weights_shifted, atol=1e-4, rtol=0)
 
 
@@ -472,9 +472,9 @@ def test_a_patch_that_stands_out_by_relevance_is_recovered():
     text = text.scatter(1, passed_over, 1.0 + torch.arange(4).expand(4, -1) / 7)
     selection, _, _ = recover(visual, keys, text)
     without, _, _ = recover(visual, keys)
-    assert not without.kept_by_vision.gather(1, passed_over).any()
-    assert selection.recovered_by_text.gather(1, passed_over[:, -1:]).all()
-    assert torch.equal(selection.kept_by_vision, without.kept_by_vision)
+    assert not without.chosen_by_vision.gather(1, passed_over).any()
+    assert selection.chosen_by_text.gather(1, passed_over[:, -1:]).all()
+    assert torch.equal(selection.chosen_by_vision, without.chosen_by_vision)
 
 
 def test_relevance_decides_whom_a_centre_absorbs():
@@ -500,7 +500,7 @@ def test_all_patches_kept():
     visual, text, keys = scene(9)
     for limits in ({"min_visual_tokens": 60}, {"min_visual_tokens": 1000}):
         selection, _, weights = recover(visual, keys, text, **limits)
-        assert selection.kept_by_vision.all() and (selection.num_tokens == 60).all()
+        assert selection.chosen_by_vision.all() and (selection.num_tokens == 60).all()
         assert torch.equal(weights, torch.eye(60).expand(4, -1, -1))
     # A budget of all patches leaves none to merge with: every token is a patch, though not by the same step.
     selection, _, weights = recover(visual, keys, text, visual_token_budget=60)
@@ -534,7 +534,7 @@ def test_scores_that_are_no_numbers_count_as_the_lowest():
     assert all(torch.equal(getattr(selection, name), getattr(expected, name)) for name in vars(selection))
     # The same patches are merged, but one without attention has next to no weight in the mean.
     assert torch.equal(weights > 0, expected_weights > 0)
-    kept = selection.kept_by_vision | selection.recovered_by_text
+    kept = selection.chosen_by_vision | selection.chosen_by_text
     for row in range(4):
         merged = weights[row, int(kept[row].sum()) :]
         assert (merged[:, :15] < 1e-20).all()
@@ -556,7 +556,7 @@ def test_gathered_tokens_equal_a_loop(dtype):
     assert tokens.dtype == dtype and torch.equal(patches, before)
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
     for row in range(4):
-        kept = indices(selection.kept_by_vision[row] | selection.recovered_by_text[row])
+        kept = indices(selection.chosen_by_vision[row] | selection.chosen_by_text[row])
         for position, patch in enumerate(kept):
             assert torch.equal(tokens[row, position], patches[row, patch])  # to the bit, in every precision
         for number in range(int(selection.num_merged[row])):

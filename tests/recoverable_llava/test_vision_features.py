@@ -191,7 +191,7 @@ def test_features_are_those_of_stock(tmp_path, clip_folder, pictures, layer, str
     num_class_tokens = int(strategy == "full")
     num_kept = recovery.selection.num_tokens + num_class_tokens
     for row in range(2):
-        kept = recovery.selection.kept_by_vision[row] | recovery.selection.recovered_by_text[row]
+        kept = recovery.selection.chosen_by_vision[row] | recovery.selection.chosen_by_text[row]
         visual = _visual_part(seen[0][row], inputs, row, num_kept, model)
         wanted = expected[row][num_class_tokens:][kept]
         if strategy == "full":

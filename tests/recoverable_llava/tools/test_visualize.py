@@ -38,13 +38,13 @@ def test_every_patch_has_the_mark_of_its_kind(recovery, pictures, index):
     selection = recovery.selection
     assert selection.num_text.sum() > 0
     middle = drawn.shape[2] // 2
-    marks = {"kept_by_vision": VISION_COLOR, "recovered_by_text": TEXT_COLOR, "merge_centres": MERGED_COLOR}
+    marks = {"chosen_by_vision": VISION_COLOR, "chosen_by_text": TEXT_COLOR, "merge_centres": MERGED_COLOR}
     for name, color in marks.items():
         mask = getattr(selection, name)[index].reshape(drawn.shape[:2]).numpy()
         place = (middle, middle) if name == "merge_centres" else (-1, middle)
         assert ((drawn[:, :, place[0], place[1]] == color).all(-1) == mask).all(), name
         corner = (drawn[:, :, 4, 4] == TEXT_COLOR).all(-1)
-        assert (corner == selection.recovered_by_text[index].reshape(drawn.shape[:2]).numpy()).all()
+        assert (corner == selection.chosen_by_text[index].reshape(drawn.shape[:2]).numpy()).all()
 
 
 def test_kept_patches_show_the_image_and_others_are_faded(recovery, pictures):
@@ -52,7 +52,7 @@ def test_kept_patches_show_the_image_and_others_are_faded(recovery, pictures):
     drawn = cells(draw_recovery(white, recovery, size=240))
     inside = drawn[:, :, drawn.shape[2] * 3 // 4, drawn.shape[2] * 3 // 4].max(-1)
     selection = recovery.selection
-    kept = (selection.kept_by_vision | selection.recovered_by_text)[0].reshape(inside.shape).numpy()
+    kept = (selection.chosen_by_vision | selection.chosen_by_text)[0].reshape(inside.shape).numpy()
     assert (inside[kept] == 0).all()
     centres = selection.merge_centres[0].reshape(inside.shape).numpy()
     assert (inside[~kept & ~centres] > 100).all()
@@ -82,10 +82,10 @@ def test_questions_side_by_side_with_a_long_one(recovery, pictures):
 
 
 def test_inputs_stay_untouched(recovery, pictures):
-    before = pictures[0].tobytes(), recovery.selection.kept_by_vision.clone()
+    before = pictures[0].tobytes(), recovery.selection.chosen_by_vision.clone()
     draw_recovery(pictures[0], recovery)
     assert pictures[0].tobytes() == before[0]
-    assert torch.equal(recovery.selection.kept_by_vision, before[1])
+    assert torch.equal(recovery.selection.chosen_by_vision, before[1])
 
 
 def test_errors_name_the_argument(recovery, pictures):

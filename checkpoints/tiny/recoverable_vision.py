@@ -1,0 +1,382 @@
+"""The vision half: towers, question, selection, projector. From pixels and a question to visual tokens.
+
+Shared by all families, and usable without a language model: serving engines, which bring their own, run this half alone
+(`RecoverableLlavaVisionModel`). In order:
+
+    get_vision_features    one pass of the vision tower: patches, class attention, keys;
+    embed_questions        the questions in CLIP's joint space;
+    score                  relevance of every patch to its question;
+    select                 which patches stay (novelty_selection.py or paper_selection.py);
+    assemble, project      the visual tokens, in the language model's space (token_assembly.py).
+
+`recover` is these in order. A family adds what differs: how many placeholders an image has, its vision features, which
+patches are neighbours. To choose tokens in another way, override `select` and `assemble`.
+
+I images, R questions, N patches, C channels, K kept tokens, T question tokens, D size of an embedding.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPTextModelWithProjection
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .clip_scores import ReadableEncoderLayer, class_attention, read_layer, relevance_embeddings
+from .novelty_selection import select_by_novelty
+from .paper_selection import select_by_outliers
+from .selection import Selection
+from .token_assembly import Assembly, assemble_tokens, gather_tokens
+from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if_untested
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What one pass of the vision tower yields for compression; reusable for any number of questions."""
+
+    patches: torch.Tensor  # [I, N, C] features that LLaVA's projector takes
+    class_tokens: torch.Tensor | None  # [I, 1, C] under the "full" strategy
+    visual_scores: torch.Tensor  # [I, N] float32, class attention
+    keys: torch.Tensor  # [I, N, C] attention keys
+    relevance_embeds: torch.Tensor  # [I, N, D] float32: their dot product with a question's embedding is the relevance
+    last_hidden_state: Any = None  # [I, 1 + N, C] of the tower, as stock returns it
+    valid: torch.Tensor | None = None  # [I, N] bool, False for patches that hold no picture; None means all True
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 0 if self.class_tokens is None else 1
+
+    def with_class_token(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [I, K, C] behind the class token, where the strategy is "full"."""
+        return tokens if self.class_tokens is None else torch.cat([self.class_tokens, tokens], dim=1)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a batch, one a prompt (or an image, where there is no prompt)."""
+
+    embeds: torch.Tensor  # [R, D] float32 unit norm
+    present: torch.Tensor  # [R] bool: False where there is none
+
+    def of_images(self, row_of_image: torch.Tensor) -> "Questions":
+        """One row for each image, of the prompt that it stands in."""
+        row_of_image = row_of_image.to(self.embeds.device)
+        return Questions(self.embeds[row_of_image], self.present[row_of_image])
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Images with the question that each is asked: all that a selection goes by."""
+
+    vision: VisionFeatures
+    text_scores: torch.Tensor | None  # [I, N] relevance to the question; None where no image has a question
+    has_question: torch.Tensor | None  # [I] bool
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What became of each image's patches, from `recover_tokens`."""
+
+    selection: Selection
+    assembly: Assembly
+    visual_scores: torch.Tensor  # [I, N]
+    text_scores: torch.Tensor | None  # [I, N]
+
+
+class RecoverableVisionMixin(nn.Module):
+    """The steps above, for a model that has `vision_tower`, `multi_modal_projector` and a config of its family."""
+
+    stock_name: str  # of the stock class whose checkpoints these are
+    config: Any
+    vision_tower: nn.Module
+    multi_modal_projector: nn.Module
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # transformers looks the layouts of checkpoints up by the class's name.
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "stock_name"):
+            register_checkpoint_layouts(cls.__name__, like=cls.stock_name)
+
+    def add_recovery(self) -> None:
+        """Build what stock lacks; for the end of a family's `__init__`.
+
+        Nothing of it is ever trained: the selection has no gradient.
+        """
+        warn_if_untested()
+        config = self.config
+        encoder = encoder_of(self.vision_tower).encoder
+        encoder.layers = nn.ModuleList(ReadableEncoderLayer(self.vision_tower.config) for _ in encoder.layers)
+        self.question_tower = CLIPTextModelWithProjection._from_config(config.question_config)
+        self.visual_projection = nn.Linear(
+            config.vision_config.hidden_size, config.question_config.projection_dim, bias=False
+        )
+        self.post_init()
+
+    # -------------------------------------------------------------------------------------------- what a family decides
+
+    def around(self, vision: VisionFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The highest value of [I, kinds, N] among each patch and its neighbours."""
+        raise NotImplementedError
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, text_relevance: str, attention_layer: int, **options: Any
+    ) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
+        """One pass of the vision tower: its outputs as stock returns them, and what the recovery reads off them."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------- the two towers
+
+    @torch.no_grad()
+    def get_question_embeds(self, question_input_ids: torch.Tensor) -> torch.Tensor:
+        """[R, D] float32 unit-norm embeddings of questions [R, T] in CLIP's joint space, pooled at their end token.
+
+        Questions are padded on the right: the tower is causal, so what follows the end token has no influence and no
+        mask is needed.
+        """
+        embeds = self.question_tower(input_ids=question_input_ids).text_embeds
+        return nn.functional.normalize(embeds.float(), dim=-1)
+
+    def get_vision_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **options: Any,
+    ) -> VisionFeatures:
+        """One pass of the vision tower over pixels [I, 3, H, W]; see `VisionFeatures`.
+
+        The layer and the strategy are the config's where they are not given.
+        """
+        settings = self.config.recovery_settings()
+        return self.encode_images(
+            pixel_values,
+            settings.text_relevance,
+            settings.attention_layer,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **options,
+        )[1]
+
+    def read_tower(
+        self, hidden_states: tuple[torch.Tensor, ...], text_relevance: str, attention_layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class attention [I, N], keys [I, N, C] and relevance embeddings [I, N, D], off the tower's hidden states."""
+        encoder = encoder_of(self.vision_tower)
+        number = attention_layer % len(encoder.encoder.layers)
+        with torch.no_grad():
+            scores, keys = read_layer(encoder.encoder.layers[number], hidden_states[number], class_attention)
+            embeds = relevance_embeddings(encoder, self.visual_projection, hidden_states, text_relevance)
+        return scores, keys, embeds
+
+    def embed_questions(
+        self,
+        num_rows: int,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        question_embeds: torch.Tensor | None = None,
+    ) -> Questions | None:
+        """The questions of `num_rows` prompts or images; None without any.
+
+        Called behind the vision tower: while the GPU is busy with that, the host launches the text tower's many small
+        kernels.
+
+        Raises:
+            ValueError: if there is not one row for each.
+        """
+        check_question_rows(
+            num_rows,
+            question_input_ids=question_input_ids,
+            question_attention_mask=question_attention_mask,
+            question_embeds=question_embeds,
+        )
+        if question_embeds is None:
+            if question_input_ids is None:
+                return None
+            question_embeds = self.get_question_embeds(question_input_ids)
+        if question_attention_mask is None:
+            present = question_embeds.new_ones(num_rows, dtype=torch.bool)
+        else:
+            present = question_attention_mask.bool().any(1)
+        return Questions(nn.functional.normalize(question_embeds.float(), dim=-1), present)
+
+    # -------------------------------------------------------------------------------------------------- choosing tokens
+
+    def score(self, vision: VisionFeatures, questions: Questions | None) -> ScoredImages:
+        """The relevance of every patch to the question of its image; one row of `questions` per image."""
+        if questions is None:
+            logger.warning_once(
+                "No question was given (question_input_ids or question_embeds): visual tokens are chosen by class "
+                "attention alone. RecoverableLlavaProcessor adds the question to the inputs."
+            )
+            return ScoredImages(vision, None, None)
+        device = vision.relevance_embeds.device
+        embeds = questions.embeds.to(device)
+        with full_precision(embeds):
+            text_scores = (vision.relevance_embeds @ embeds[:, :, None]).squeeze(2)
+        return ScoredImages(vision, text_scores, questions.present.to(device))
+
+    def select(self, images: ScoredImages, settings: SimpleNamespace) -> Selection:
+        """Which patches of each image stay."""
+        vision = images.vision
+        given = (images.text_scores, images.has_question, vision.valid)
+        limit, budget = (
+            None if count is None else count - vision.num_class_tokens
+            for count in (settings.max_visual_tokens, settings.visual_token_budget)
+        )
+        counts = {
+            "merge_remaining": settings.merge_remaining,
+            "min_visual_tokens": settings.min_visual_tokens,
+            "max_visual_tokens": limit,
+            "visual_token_budget": budget,
+        }
+        if settings.selection == "paper":
+            with full_precision(vision.visual_scores):
+                return select_by_outliers(
+                    vision.visual_scores,
+                    *given,
+                    visual_lof_neighbors=settings.visual_lof_neighbors,
+                    text_lof_neighbors=settings.text_lof_neighbors,
+                    merge_lof_neighbors=settings.merge_lof_neighbors,
+                    lof_threshold=settings.lof_threshold,
+                    **counts,
+                )
+        features = self.project_patches(vision)
+        with full_precision(vision.visual_scores):
+            return select_by_novelty(
+                vision.visual_scores,
+                features,
+                *given,
+                around=self.around(vision),
+                novelty_threshold=settings.novelty_threshold,
+                text_share=settings.text_share,
+                text_reach=settings.text_reach,
+                **counts,
+            )
+
+    @torch.no_grad()
+    def project_patches(self, vision: VisionFeatures) -> torch.Tensor:
+        """[I, N, D] every patch behind the projector: what the language model would tell apart."""
+        return self.multi_modal_projector(vision.patches).to(vision.patches.device)
+
+    def assemble(
+        self, selection: Selection, images: ScoredImages, settings: SimpleNamespace, num_tokens: int, num_merged: int
+    ) -> Assembly:
+        """How each image's `num_tokens` tokens, of which `num_merged` are merged ones, are made of its patches."""
+        vision = images.vision
+        with full_precision(vision.visual_scores):
+            return assemble_tokens(
+                selection,
+                vision.visual_scores,
+                vision.keys,
+                images.text_scores,
+                images.has_question,
+                vision.valid,
+                num_tokens=num_tokens,
+                num_merged=num_merged,
+                merge_neighbors=settings.merge_neighbors,
+                text_merge_weight=settings.text_merge_weight,
+            )
+
+    def all_tokens(self, vision: VisionFeatures) -> torch.Tensor:
+        """[I, N, D] the visual tokens without compression, the class token first where there is one."""
+        return self.multi_modal_projector(vision.with_class_token(vision.patches))
+
+    def project(self, vision: VisionFeatures, assembly: Assembly) -> torch.Tensor:
+        """[I, K, D] visual tokens in the language model's space; gradients flow through these alone."""
+        return self.multi_modal_projector(vision.with_class_token(gather_tokens(vision.patches, assembly)))
+
+    @torch.no_grad()
+    def recover(
+        self,
+        vision: VisionFeatures,
+        questions: Questions | None,
+        settings: SimpleNamespace,
+        sizes: Callable[[Selection], tuple[int, int]] | None = None,
+    ) -> Recovery:
+        """Score, select, assemble: how the visual tokens of each image are made; `project` makes them.
+
+        Args:
+            vision: of I images.
+            questions: one row per image.
+            settings: the call's hyperparameters.
+            sizes: reads K and M, the most tokens and merged tokens of an image, off the selection: the place for a
+                caller's one copy to the host. None takes the budget's, which needs no copy.
+        """
+        images = self.score(vision, questions)
+        selection = self.select(images, settings)
+        if sizes is None:
+            num_tokens = settings.visual_token_budget - vision.num_class_tokens
+            num_merged = num_tokens if selection.centres is not None else int(settings.merge_remaining)
+        else:
+            num_tokens, num_merged = sizes(selection)
+        assembly = self.assemble(selection, images, settings, num_tokens, num_merged)
+        return Recovery(selection, assembly, vision.visual_scores, images.text_scores)
+
+    def budget_tokens(
+        self, vision: VisionFeatures, questions: Questions | None, settings: SimpleNamespace
+    ) -> torch.Tensor:
+        """[I, visual_token_budget, D]: static shapes from end to end, nothing leaves the device."""
+        return self.project(vision, self.recover(vision, questions, settings).assembly)
+
+    # ------------------------------------------------------------------------------------------------ stock's interface
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        question_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock; with `visual_token_budget`, `pooler_output` has exactly that many tokens for each image.
+
+        Args:
+            question_input_ids, question_attention_mask, question_embeds: one row per *image* here, as there is no
+                prompt to tell which image belongs to which question. Without them class attention chooses alone.
+        """
+        options: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        if image_sizes is not None:
+            options["image_sizes"] = image_sizes
+        settings = self.config.recovery_settings()
+        if not settings.compress or settings.visual_token_budget is None:
+            return super().get_image_features(pixel_values, **options, **kwargs)
+        outputs, vision = self.encode_images(
+            pixel_values, settings.text_relevance, settings.attention_layer, **options, **kwargs
+        )
+        questions = self.embed_questions(
+            len(vision.patches), question_input_ids, question_attention_mask, question_embeds
+        )
+        outputs.pooler_output = list(self.budget_tokens(vision, questions, settings))
+        return outputs
+
+
+def check_question_rows(num_rows: int, **question_inputs: torch.Tensor | None) -> None:
+    """Raise a ValueError unless every given input has `num_rows` rows."""
+    for name, rows in question_inputs.items():
+        if rows is not None and len(rows) != num_rows:
+            raise ValueError(
+                f"{name} has {len(rows)} rows, but there are {num_rows} rows to guide: pass one question per prompt "
+                "(get_image_features: one per image)."
+            )
+
+
+def full_precision(like: torch.Tensor) -> AbstractContextManager:
+    """No autocast on the tensor's device: in bfloat16 scores and distances would rank other patches."""
+    device_type = like.device.type
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
