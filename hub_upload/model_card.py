@@ -162,7 +162,7 @@ def _switch_off(config: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ the card
 
 
-def _license(base: dict[str, Any], stated: BaseCard) -> str:
+def _license(stated: BaseCard) -> str:
     if stated.license is None:
         return "The base model states no license; ask its authors before you use or pass on the weights."
     name = f"`{stated.license_name or stated.license}`"
@@ -334,7 +334,7 @@ card.
 
 ## License
 
-{_license(base, stated)} The question's text tower keeps the license of {_named(clip)}. The Python files are
+{_license(stated)} The question's text tower keeps the license of {_named(clip)}. The Python files are
 Apache-2.0.
 
 ## Citation
