@@ -11,6 +11,8 @@ from typing import Any
 from transformers import BatchFeature, LlavaProcessor, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
+from .centre_crop import resize_what_is_seen
+
 
 # How LLaVA-1.5 marks the user's and the assistant's turn; scripts write these by hand whatever the chat template.
 _LLAVA_TAGS = ("USER:", "ASSISTANT:")
@@ -159,6 +161,10 @@ class RecoverableLlavaProcessor(LlavaProcessor):
         if self.visual_token_budget is not None:
             return self.image_token * self.visual_token_budget
         return super().replace_image_token(image_inputs, image_idx, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        """As stock, which would enlarge all of a long picture to crop its middle."""
+        return super()._process_images(resize_what_is_seen(images, self.image_processor, **kwargs), **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> Any:
         """As stock; engines such as vLLM ask this for the number of placeholders before an image is encoded."""
