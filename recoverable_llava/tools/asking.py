@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor
 
 from recoverable_llava.configuration_recoverable_llava import PRESETS, RecoverableLlavaConfig
@@ -89,9 +90,11 @@ def load(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but there is no CUDA GPU here, or torch was built without CUDA: use cpu.")
     read_config(repo)
-    model = RecoverableLlavaForConditionalGeneration.from_pretrained(
-        repo, dtype=dtype or ("auto" if device.startswith("cuda") else "float32"), use_safetensors=True
-    )
+    dtype = dtype or ("auto" if device.startswith("cuda") else "float32")
+    try:
+        model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo, dtype=dtype, use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {repo!r} are damaged ({error}): get the checkpoint again.") from error
     return model.to(device).eval(), AutoProcessor.from_pretrained(repo)
 
 

@@ -292,6 +292,15 @@ def test_mistakes_are_one_line_and_exit_code_2(
         assert re.search(message, err), err
 
 
+def test_damaged_weights(capsys, repo_folder, picture, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(repo_folder, damaged)
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    code, out, err = run(capsys, "ask", picture, "why?", "--model", damaged)
+    assert (code, out) == (2, "") and f"The weights of '{damaged}' are damaged" in err and err.count("\n") == 1
+
+
 def test_no_gpu(capsys, repo_folder, picture, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, _, err = run(capsys, "ask", picture, "why?", "--model", repo_folder, "--device", "cuda")
