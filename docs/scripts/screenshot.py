@@ -89,6 +89,9 @@ class AppPage:
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(value, Keys.TAB)
 
+    def pick_example(self, number: int) -> None:
+        self.driver.find_elements(By.CSS_SELECTOR, "#examples button")[number].click()
+
     def submit(self) -> None:
         self.driver.find_element(By.CSS_SELECTOR, "#question textarea").send_keys(Keys.ENTER)
 
@@ -129,9 +132,8 @@ def main() -> None:
         page = AppPage(address)
         try:
             page.wait(page.overlay)
-            page.type_question("What color is the plate of the penguin?")
-            page.submit()
-            page.wait(lambda: page.text("full").count("of 576") == 2)
+            page.pick_example(3)
+            page.wait(lambda: "Is the fish below the snake?" in page.text("full"))
             page.resize(1280)
             page.save(ROOT / "docs" / "pictures" / "app.png")
         finally:
