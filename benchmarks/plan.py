@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release

@@ -13,12 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.nn.functional import max_pool2d, normalize
-
-from evaluation.evidence import Evidence
-from evaluation.peers import assembly_of, highest, min_max
-from recoverable_llava import RecoverableLlavaConfig
-from recoverable_llava.local_outlier_factor import local_outlier_factor
 from recoverable_llava.token_recovery import (
     ATTENTION_POWER,
     LIKENESS_WIDTH,
@@ -28,6 +22,12 @@ from recoverable_llava.token_recovery import (
     assemble_tokens,
     select_tokens,
 )
+from torch.nn.functional import max_pool2d, normalize
+
+from evaluation.evidence import Evidence
+from evaluation.peers import assembly_of, highest, min_max
+from recoverable_llava import RecoverableLlavaConfig
+from recoverable_llava.local_outlier_factor import local_outlier_factor
 
 
 ATTENTIONS: dict[str, Callable[[Evidence], torch.Tensor]] = {

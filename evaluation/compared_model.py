@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from recoverable_llava.token_recovery import Assembly, Selection
 
 from evaluation.evidence import Evidence
 from evaluation.peers import SelectionRule
 from recoverable_llava import (
-    RecoverableLlavaConfig,
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
     VisionFeatures,
 )
-from recoverable_llava.token_recovery import Assembly, Selection
+from recoverable_llava.tools.settings import configured
 
 
 # What LLaVA-1.5's prompt starts with, which is what the paper's release guides by.
@@ -77,22 +77,6 @@ class ComparedLlava(RecoverableLlavaForConditionalGeneration):
         model = RecoverableLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
         model.model.__class__ = ComparedModel
         return model
-
-
-@contextmanager
-def configured(config: RecoverableLlavaConfig, **settings: Any) -> Iterator[None]:
-    """The configuration with other settings, until the end of the block."""
-    unknown = [name for name in settings if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"The configuration has no fields {unknown}.")
-    before = {name: getattr(config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 @torch.no_grad()

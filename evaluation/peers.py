@@ -11,11 +11,11 @@ B images, N patches, C channels, K kept tokens, M merged tokens.
 from collections.abc import Callable
 
 import torch
+from recoverable_llava.token_recovery import Assembly
 from torch.nn.functional import normalize
 
 from evaluation.evidence import Evidence
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import Assembly
 
 
 SelectionRule = Callable[[Evidence, int | None], Assembly]

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from evaluation.__main__ import main
-from evaluation.compared_model import configured, gather_evidence
+from evaluation.compared_model import gather_evidence
 from evaluation.examples import Example, load_examples
 from evaluation.methods import METHODS, Method, find_methods
 from evaluation.report import ALL_TOKENS
 from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
 from recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava.tools.settings import configured
 
 
 # The tiny tower has 36 patches.
