@@ -11,7 +11,7 @@ from sklearn.neighbors import LocalOutlierFactor
 
 from evaluation import peers
 from evaluation.evidence import Evidence
-from recoverable_llava.token_recovery import gather_tokens
+from recoverable_llava.token_assembly import gather_tokens
 
 
 BUDGETS = [1, 7, 20, PATCHES]
