@@ -12,10 +12,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
+from recoverable_llava.novelty_selection import highest_around, select_by_novelty
+from recoverable_llava.paper_selection import select_by_outliers
+from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release
@@ -95,30 +97,26 @@ class Scored:
 def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = False) -> torch.Tensor:
     """The selector: from scores to gathered tokens, with one copy to the host if there is no budget."""
     drawn = scored.drawn
-    selection = select_tokens(
-        drawn.visual_scores,
-        drawn.text_scores,
-        scored.has_question,
-        features=None if is_paper else scored.projected,
-        grid_width=math.isqrt(drawn.visual_scores.shape[1]),
-        merge_centres=is_paper,
-        visual_lof_neighbors=neighbors,
-        text_lof_neighbors=neighbors,
-        visual_token_budget=budget,
-    )
+    given = (drawn.text_scores, scored.has_question)
+    if is_paper:
+        selection = select_by_outliers(
+            drawn.visual_scores,
+            *given,
+            visual_lof_neighbors=neighbors,
+            text_lof_neighbors=neighbors,
+            visual_token_budget=budget,
+        )
+    else:
+        around = highest_around(math.isqrt(drawn.visual_scores.shape[1]))
+        selection = select_by_novelty(
+            drawn.visual_scores, scored.projected, *given, around=around, visual_token_budget=budget
+        )
     if budget is None:
         longest, merged = torch.stack([selection.num_tokens.max(), selection.num_merged.max()]).tolist()
     else:
         longest, merged = budget, budget if is_paper else 1
     assembly = assemble_tokens(
-        selection,
-        drawn.visual_scores,
-        scored.keys,
-        drawn.text_scores,
-        scored.has_question,
-        num_tokens=longest,
-        num_merged=merged,
-        merge_centres=is_paper,
+        selection, drawn.visual_scores, scored.keys, *given, num_tokens=longest, num_merged=merged
     )
     return gather_tokens(drawn.patches, assembly)
 

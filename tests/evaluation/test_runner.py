@@ -73,7 +73,7 @@ def test_the_question_that_guides_is_the_one_asked_for(setting):
     runs = [
         Run(ALL_TOKENS, METHODS[ALL_TOKENS], None),
         *(
-            Run(which, Method(settings={"diversity": False}, question=which), None)
+            Run(which, Method(settings={"selection": "paper"}, question=which), None)
             for which in ("own", "wrong", "none")
         ),
     ]
