@@ -18,6 +18,7 @@ from recoverable_llava.local_outlier_factor import local_outlier_factor
 from recoverable_llava.novelty_selection import highest_around, select_by_novelty
 from recoverable_llava.paper_selection import select_by_outliers
 from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
+from recoverable_llava.transformers_names import CACHE, cache_of
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release
@@ -64,12 +65,12 @@ class Bench:
     def first_token(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """From pixels and ids on the device to the first answer token, and the KV cache."""
         outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-        return outputs.logits[:, -1].argmax(-1), outputs.past_key_values
+        return outputs.logits[:, -1].argmax(-1), cache_of(outputs)
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor | None, cache: Any = None) -> Any:
         language_model, head = self.models.stock.model.language_model, self.models.stock.lm_head
-        outputs = language_model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return head(outputs.last_hidden_state[:, -1:]).argmax(-1), outputs.past_key_values
+        outputs = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE: cache})
+        return head(outputs.last_hidden_state[:, -1:]).argmax(-1), cache_of(outputs)
 
     def static_cache(self, model: Any, batch_size: int, length: int) -> StaticCache:
         """A cache that holds a prompt of `length` and has room for `NEW_TOKENS` more."""
