@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from app.interface import LARGEST_UPLOAD, build_interface
+from app.interface import CSS, LARGEST_UPLOAD, THEME, build_interface
 from recoverable_llava.tools.asking import load
 from recoverable_llava.tools.command_line import EMBEDDED_CHECKPOINT
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m app: {error}", file=sys.stderr)
         return 2
     interface = build_interface(model, processor, parsed.model)
-    interface.queue(max_size=32).launch(server_port=parsed.port, max_file_size=LARGEST_UPLOAD)
+    interface.queue(max_size=32).launch(server_port=parsed.port, max_file_size=LARGEST_UPLOAD, css=CSS, theme=THEME)
     return 0
 
 

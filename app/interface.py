@@ -1,30 +1,37 @@
 """The page and what its controls do.
 
-One model, one call at a time: the sliders change its config for the length of a call. A broken file or a setting that
-the model does not allow becomes a message on the page.
+The sliders change the config of the one model for the length of a call. A broken file or a setting that the model does
+not allow becomes a message on the page. Handlers take files unopened, as the component would open them itself.
 """
 
-from functools import wraps
+import math
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app.shared_model import SharedModel
 from recoverable_llava.recovery_settings import PRESETS
 from recoverable_llava.tools.asking import (
+    DRAWN_SCENES,
     Answer,
-    ask,
     assistant_turn,
-    open_picture,
-    recover,
+    is_unfamiliar,
     recovery_settings,
     user_turn,
+    uses_threshold,
 )
-from recoverable_llava.tools.visualize import draw_recovery
+from recoverable_llava.tools.pictures import open_picture
+from recoverable_llava.tools.visualize import MERGED_COLOR, TEXT_COLOR, VISION_COLOR, draw_recovery
 
 
 SCENES = Path(__file__).parent / "scenes"
 LARGEST_UPLOAD = "10mb"
+LONGEST_QUESTION = 1000
+MOST_TURNS = 20
 NO_PICTURE = "Upload or pick a picture."
 EXAMPLES = [
     ("scene_0.png", "What word is under the lemon?"),
@@ -32,163 +39,311 @@ EXAMPLES = [
     ("scene_3.png", "How many pictures of a cookie are there?"),
     ("scene_5.png", "Is the fish below the snake?"),
 ]
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
+CSS = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+ABOUT = """# Recoverable LLaVA
+A LLaVA that reads only the visual tokens that matter for your question. Ask something else and watch other patches come
+back. Model: `{name}`."""
+KNOWS_SCENES = "This checkpoint knows drawn scenes like these, and nothing else."
+PHOTO = (
+    "This picture is no drawn scene, and this checkpoint knows nothing else: **its answers mean nothing here.** For "
+    "photos, start the app with a compressed LLaVA-1.5: `python -m app --model FOLDER`."
+)
+PRESETS_SAY = (
+    "default, this project's own: important patches that are unlike each other, nine in ten of them chosen by the "
+    "question. paper, as published: patches whose class attention or relevance to the question is an outlier; the "
+    "others are merged around centres."
+)
+THRESHOLDS = {
+    "default": "How new a patch must be to count; higher keeps fewer tokens",
+    "paper": "How far out an outlier must lie (LOF); higher keeps fewer tokens",
+}
+WITHOUT_EFFECT = "No effect: the budget says how many tokens stay"
+
+
+@dataclass
+class Visit:
+    """What the server knows of a visitor's page."""
+
+    picture: str = ""
+    turns: list[dict] = field(default_factory=list)  # a new list for every conversation
+    newest: object = None  # of the previews and answers that were asked for
+
+    def show(self, picture: str) -> None:
+        if picture != self.picture:
+            self.picture, self.turns = picture, []
+
+    def ticket(self) -> object:
+        """Marks what is asked for now; whatever was asked for earlier is not the newest any more."""
+        self.newest = object()
+        return self.newest
 
 
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
     """The app around a model and its processor, as `recoverable_llava.tools.asking.load` returns them."""
-    num_patches, config = model.config.num_patches, model.config
+    shared, config, num_patches = SharedModel(model, processor), model.config, model.config.num_patches
     own_preset = "default" if config.selection == "novelty" else "paper"
-    # The first call is slower than all others, and would be held against the compressed answer.
-    ask(model, processor, [user_turn(EXAMPLES[0][1], open_picture(SCENES / EXAMPLES[0][0]))], max_new_tokens=2)
 
-    def settings(preset: str, threshold: float, budget: float) -> dict[str, Any]:
-        fields = recovery_settings(config, preset, float(threshold))
-        return {**fields, "visual_token_budget": int(budget) or None}
+    def settings(preset: str, novelty: float, outlier: float, budget: float) -> dict[str, Any]:
+        values = (novelty, outlier, budget)
+        if preset not in PRESETS or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise gr.Error("A setting is not what the page offers.")
+        tokens = int(budget) or None
+        threshold = float(novelty if preset == "default" else outlier)
+        if not uses_threshold(config, preset, tokens):
+            threshold = None
+        with_budget = {"visual_token_budget": tokens}
+        return {**recovery_settings(config, preset, threshold, tokens), **with_budget}
 
-    def threshold_of(preset: str) -> dict[str, Any]:
-        """Range and value of the slider: novelty, or the paper's Local Outlier Factor."""
-        if PRESETS[preset]["selection"] == "novelty":
-            return {"minimum": 0.0, "maximum": 1.0, "step": 0.05, "value": config.novelty_threshold}
-        return {"minimum": 1.0, "maximum": 4.0, "step": 0.1, "value": config.lof_threshold}
-
-    def conversation(picture: Any, turns: list[dict], question: str, answer_key: str) -> list[dict]:
-        messages = []
-        for turn in turns:
-            messages += [user_turn(turn["question"]), assistant_turn(turn[answer_key])]
-        messages.append(user_turn(question))
-        messages[0] = user_turn(turns[0]["question"] if turns else question, picture)
-        return messages
+    def answer_turn(path: str, turns: list[dict], question: str, chosen: dict[str, Any]) -> tuple[dict, Any]:
+        """A turn with both answers, and the overlay of the compressed one."""
+        picture = open_picture(path)
+        short, full = shared.answers(
+            (_conversation(picture, turns, question, "compressed"), chosen),
+            (_conversation(picture, turns, question, "full"), {"compress": False}),
+        )
+        turn = {"question": question, "compressed": short.text, "full": full.text}
+        turn |= {"notes": {"compressed": _note(short), "full": _note(full)}}
+        return turn, (draw_recovery(picture, short.recovery, size=576, legend=False), _counts(short.recovery))
 
     @_errors_on_the_page
-    def show_recovery(upload: dict | None, question: str, preset: str, threshold: float, budget: float) -> tuple:
+    async def preview(upload: dict | None, question: str, visit: Visit, *controls: Any) -> tuple:
+        visit.show(upload["path"] if upload else "")
+        ticket = visit.ticket()
         if upload is None:
-            return None, NO_PICTURE
-        picture = open_picture(upload["path"])
-        recovery = recover(model, processor, [user_turn(question, picture)], **settings(preset, threshold, budget))
-        return draw_recovery(picture, recovery, size=576, legend=True), _counts(recovery, num_patches)
+            return gr.Image(None, visible=False), NO_PICTURE, gr.Markdown(visible=False), *_chats(visit.turns)
+        _check_question(question)
+        chosen = settings(*controls)
+        shown = await shared.preview(upload["path"], question, chosen, lambda: visit.newest is ticket)
+        if shown is None:
+            return (gr.skip(),) * 5
+        picture, recovery = shown
+        overlay = gr.Image(draw_recovery(picture, recovery, size=576, legend=False), visible=True)
+        notice = gr.Markdown(visible=is_unfamiliar(config, picture))
+        return overlay, _counts(recovery), notice, *_chats(visit.turns)
 
     @_errors_on_the_page
-    def answer(
-        upload: dict | None, question: str, turns: list[dict], preset: str, threshold: float, budget: float
-    ) -> tuple:
+    def answer(upload: dict | None, question: str, visit: Visit, *controls: Any) -> tuple:
         if upload is None:
             raise gr.Error(NO_PICTURE)
         if not question.strip():
             raise gr.Error("Type a question.")
-        picture, turns = open_picture(upload["path"]), list(turns)
-        short = ask(
-            model,
-            processor,
-            conversation(picture, turns, question, "compressed"),
-            **settings(preset, threshold, budget),
-        )
-        full = ask(model, processor, conversation(picture, turns, question, "full"), compress=False)
-        turns.append(
-            {"question": question, "compressed": short.text, "full": full.text, "notes": (_note(short), _note(full))}
-        )
-        overlay = draw_recovery(picture, short.recovery, size=576)
-        counts = _counts(short.recovery, num_patches)
-        return turns, _chat(turns, "compressed", 0), _chat(turns, "full", 1), overlay, counts
+        _check_question(question)
+        visit.show(upload["path"])
+        visit.ticket()
+        turns = visit.turns
+        if len(turns) >= MOST_TURNS:
+            raise gr.Error("This conversation is as long as it can get here: start a new one.")
+        turn, (overlay, counts) = answer_turn(upload["path"], turns, question, settings(*controls))
+        if visit.turns is not turns:  # another picture or a new conversation, meanwhile
+            return (gr.skip(),) * 4
+        turns.append(turn)
+        return *_chats(turns), gr.Image(overlay, visible=True), counts
 
-    def forget() -> tuple:
-        return [], [], []
+    def forget(visit: Visit) -> tuple:
+        visit.turns = []
+        return _chats(visit.turns)
+
+    def show_controls(preset: str, budget: float) -> list:
+        return [_threshold(config, each, preset, budget) for each in THRESHOLDS]
+
+    # The page opens with an example answered. The first call is slower than all others, and would be held against the
+    # compressed answer.
+    first_picture, first_question = str(SCENES / EXAMPLES[0][0]), EXAMPLES[0][1]
+    own_budget = config.visual_token_budget or 0
+    own_settings = settings(own_preset, config.novelty_threshold, config.lof_threshold, own_budget)
+    answer_turn(first_picture, [], first_question, own_settings)
+    first_turn, (first_overlay, first_counts) = answer_turn(first_picture, [], first_question, own_settings)
 
     with gr.Blocks(title="Recoverable LLaVA") as interface:
-        turns = gr.State([])
-        gr.Markdown(
-            f"# Recoverable LLaVA\nA LLaVA that reads only the visual tokens that matter for your question. Change the "
-            f"question and watch other patches come back. Model: `{name}`."
-        )
+        knows_scenes = getattr(config, "picture_domain", None) == DRAWN_SCENES
+        gr.Markdown(ABOUT.format(name=name))
         with gr.Row():
-            with gr.Column():
-                picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=340, elem_id="picture")
-                question = gr.Textbox(label="Question", elem_id="question", max_length=1000, submit_btn=True)
-                preset = gr.Radio(list(PRESETS), value=own_preset, label="How tokens are chosen", elem_id="preset")
-                threshold = gr.Slider(**threshold_of(own_preset), label="Threshold: higher keeps fewer tokens")
-                budget = gr.Slider(
-                    0,
-                    num_patches,
-                    config.visual_token_budget or 0,
-                    step=1,
-                    label="Budget: exactly so many tokens; 0: as needed",
-                    elem_id="budget",
+            with gr.Column(min_width=320):
+                gr.HTML("<b>Picture</b> The model sees its centre square only.", elem_classes="caption", padding=False)
+                picture = gr.Image(
+                    first_picture,
+                    label="Picture",
+                    show_label=False,
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    elem_id="picture",
                 )
-                again = gr.Button("New conversation", elem_id="again")
-            with gr.Column():
-                counts = gr.Markdown(NO_PICTURE, elem_id="counts")
+                question = gr.Textbox(
+                    first_question,
+                    label="Question",
+                    elem_id="question",
+                    max_length=LONGEST_QUESTION,
+                    submit_btn=True,
+                )
+                gr.HTML(f"<b>Pictures to try</b> {KNOWS_SCENES * knows_scenes}", elem_classes="caption", padding=False)
+                with gr.Row(elem_id="examples"):
+                    examples = [
+                        gr.Button(text, icon=str(SCENES / file), size="sm", min_width=200) for file, text in EXAMPLES
+                    ]
+            with gr.Column(min_width=320):
+                counts = gr.HTML(first_counts, elem_id="counts", padding=False)
                 overlay = gr.Image(
+                    first_overlay,
                     label="What stays",
                     show_label=False,
                     interactive=False,
-                    height=560,
                     elem_id="overlay",
                     buttons=["download", "fullscreen"],
                 )
+        notice = gr.Markdown(PHOTO, visible=False, elem_id="notice")
         with gr.Row():
-            compressed = gr.Chatbot(label="With compression", elem_id="compressed", height=340, buttons=[])
-            full = gr.Chatbot(label="All visual tokens", elem_id="full", height=340, buttons=[])
-        gr.Examples(
-            [[str(SCENES / file), text] for file, text in EXAMPLES],
-            [picture, question],
-            label="Pictures to try",
-        )
-
-        controls = [picture, question, preset, threshold, budget]
-        # Without preprocessing, as the component would open the file itself and say less about a broken one.
-        one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "preprocess": False}
-        previews = [
-            control.change(
-                show_recovery,
-                controls,
-                [overlay, counts],
-                trigger_mode="always_last",
-                show_progress="hidden",
-                **one_at_a_time,
+            waiting = "Send the question to see the answer."
+            compressed, full = (
+                gr.Chatbot(
+                    chat,
+                    label=label,
+                    elem_id=key,
+                    height=230,
+                    min_width=320,
+                    buttons=[],
+                    placeholder=waiting,
+                )
+                for (key, label), chat in zip(
+                    {"compressed": "With compression", "full": "All visual tokens"}.items(), _chats([first_turn])
+                )
             )
-            for control in controls
-        ]
-        answering = question.submit(
-            answer,
-            [picture, question, turns, preset, threshold, budget],
-            [turns, compressed, full, overlay, counts],
-            cancels=previews,
-            **one_at_a_time,
-        )
-        preset.change(lambda name: gr.Slider(**threshold_of(name)), preset, threshold)
-        for trigger in (picture.change, again.click, compressed.clear, full.clear):
-            trigger(forget, None, [turns, compressed, full], cancels=answering)
+        again = gr.Button("New conversation", elem_id="again", size="sm")
+        with gr.Group():
+            preset = gr.Radio(
+                list(PRESETS), value=own_preset, label="How tokens are chosen", info=PRESETS_SAY, elem_id="preset"
+            )
+            budget = gr.Slider(
+                0,
+                num_patches,
+                own_budget,
+                step=1,
+                label="Budget",
+                info="Exactly so many tokens; 0: as many as picture and question need",
+                elem_id="budget",
+            )
+            thresholds = [
+                _threshold(config, each, own_preset, own_budget, elem_id=f"threshold_{each}") for each in THRESHOLDS
+            ]
+
+        visit = gr.State(Visit(picture.value["path"], [first_turn]))
+        inputs = [picture, question, visit, preset, *thresholds, budget]
+        previewed = [overlay, counts, notice, compressed, full]
+        answered = [compressed, full, overlay, counts]
+        private: dict[str, Any] = {"api_visibility": "private"}
+        for control in (
+            question.input,
+            picture.change,
+            preset.input,
+            budget.input,
+            *(each.input for each in thresholds),
+        ):
+            control(
+                preview,
+                inputs,
+                previewed,
+                preprocess=False,
+                trigger_mode="multiple",
+                concurrency_limit=None,
+                show_progress="hidden",
+                **private,
+            )
+        one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "answers", "preprocess": False}
+        question.submit(answer, inputs, answered, **one_at_a_time)
+        for example, (file, text) in zip(examples, EXAMPLES):
+            picked = example.click(partial(_picked, file, text), None, [picture, question], queue=False, **private)
+            picked.then(answer, inputs, answered, **one_at_a_time, **private)
+        gr.on([preset.input, budget.input], show_controls, [preset, budget], thresholds, queue=False, **private)
+        gr.on([again.click, compressed.clear, full.clear], forget, visit, [compressed, full], queue=False, **private)
     return interface
+
+
+def _picked(file: str, question: str) -> tuple[str, str]:
+    return str(SCENES / file), question
+
+
+def _threshold(config: Any, preset: str, chosen_preset: str, budget: float, **options: Any) -> gr.Slider:
+    """The slider of a preset's threshold: there for the preset that is chosen, alive where it decides something."""
+    steps = {"default": (0.0, 1.0, 0.025, config.novelty_threshold), "paper": (1.0, 4.0, 0.1, config.lof_threshold)}
+    lowest, highest, step, value = steps[preset]
+    is_alive = uses_threshold(config, preset, int(budget) or None)
+    return gr.Slider(
+        lowest,
+        highest,
+        **({"value": value} if options else {}),
+        step=step,
+        label="Threshold",
+        info=THRESHOLDS[preset] if is_alive else WITHOUT_EFFECT,
+        interactive=is_alive,
+        visible=preset == chosen_preset,
+        **options,
+    )
+
+
+def _check_question(question: str) -> None:
+    if len(question) > LONGEST_QUESTION:  # the page's own limit does not bind who calls without it
+        raise gr.Error(f"A question may have {LONGEST_QUESTION} characters.")
 
 
 def _errors_on_the_page(handler: Any) -> Any:
     """Turns what a visitor can put right into a message that names the file as the visitor does."""
+
+    def on_the_page(error: ValueError, upload: dict | None) -> gr.Error:
+        path = upload["path"] if upload else ""
+        return gr.Error(str(error).replace(path, Path(path).name), print_exception=False)
 
     @wraps(handler)
     def handle(upload: dict | None, *arguments: Any) -> Any:
         try:
             return handler(upload, *arguments)
         except ValueError as error:
-            path = upload["path"] if upload else ""
-            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from None
+            raise on_the_page(error, upload) from None
 
-    return handle
+    @wraps(handler)
+    async def handle_later(upload: dict | None, *arguments: Any) -> Any:
+        try:
+            return await handler(upload, *arguments)
+        except ValueError as error:
+            raise on_the_page(error, upload) from None
+
+    return handle_later if iscoroutinefunction(handler) else handle
 
 
-def _counts(recovery: Any, num_patches: int) -> str:
+def _conversation(picture: Any, turns: list[dict], question: str, answer_key: str) -> list[dict]:
+    messages = []
+    for turn in turns:
+        messages += [user_turn(turn["question"]), assistant_turn(turn[answer_key])]
+    messages.append(user_turn(question))
+    messages[0] = user_turn(turns[0]["question"] if turns else question, picture)
+    return messages
+
+
+def _counts(recovery: Any) -> str:
+    """How many tokens stay, and of which kind, each with the mark that the overlay gives it."""
     selection = recovery.selection
-    return (
-        f"**{int(selection.num_tokens)} of {num_patches}** visual tokens: {int(selection.num_visual)} kept by vision, "
-        f"{int(selection.num_text)} recovered for the question, {int(selection.num_merged)} merged."
+    kept, total = int(selection.num_tokens), selection.kept_by_vision.shape[1]
+    kinds = [
+        ("vision", VISION_COLOR, int(selection.num_visual), "kept by vision"),
+        ("text", TEXT_COLOR, int(selection.num_text), "recovered for the question"),
+        ("merged", MERGED_COLOR, int(selection.num_merged), "merged from the rest"),
+    ]
+    rows = "".join(
+        f'<span><i class="{kind}" style="--mark: rgb{color}"></i>{number} {text}</span>'
+        for kind, color, number, text in kinds
     )
+    return f"<b>{kept} of {total}</b> visual tokens ({100 * kept / total:.0f} %)<p>{rows}</p>"
 
 
 def _note(answer: Answer) -> str:
     return f"{answer.num_tokens} of {answer.num_uncompressed} visual tokens, {answer.seconds:.2f} s"
 
 
-def _chat(turns: list[dict], answer_key: str, note: int) -> list[dict]:
-    messages = []
+def _chats(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The messages of both chats."""
+    chats: tuple[list[dict], list[dict]] = ([], [])
     for turn in turns:
-        messages.append({"role": "user", "content": turn["question"]})
-        messages.append({"role": "assistant", "content": f"{turn[answer_key]}\n\n*{turn['notes'][note]}*"})
-    return messages
+        for key, messages in zip(("compressed", "full"), chats):
+            messages.append({"role": "user", "content": turn["question"]})
+            messages.append({"role": "assistant", "content": f"{turn[key]}\n\n*{turn['notes'][key]}*"})
+    return chats

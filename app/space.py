@@ -51,7 +51,7 @@ def build_space(folder: Path, model: str = EMBEDDED_CHECKPOINT) -> None:
         shutil.copytree(model, folder / "model", ignore=without)
         model = "model"
     (folder / "README.md").write_text(README, encoding="utf-8")
-    requirements = ["torch", "transformers>=5.12", "accelerate", "pillow>=10.1", "numpy"]
+    requirements = ["torch", "transformers>=5.12", "accelerate", "pillow>=10.1", "numpy", "tqdm", "filelock"]
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
     (folder / "start.py").write_text(START.format(arguments=["--model", model]), encoding="utf-8")
 

@@ -14,12 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration, RecoverableLlavaModel
-from recoverable_llava.modeling_recoverable_llava import VisionFeatures
+from recoverable_llava import (
+    RecoverableLlavaConfig,
+    RecoverableLlavaForConditionalGeneration,
+    RecoverableLlavaModel,
+    VisionFeatures,
+)
+from recoverable_llava.recoverable_vision import ScoredImages
 
 
 IMAGE_TOKEN = 32000
@@ -109,26 +113,22 @@ class DrawnModel(RecoverableLlavaModel):
 
     drawn: Drawn | None = None
 
-    def get_vision_features(self, *args: Any, **kwargs: Any) -> VisionFeatures:
-        vision = super().get_vision_features(*args, **kwargs)
+    def encode_images(self, *args: Any, **kwargs: Any) -> tuple[Any, VisionFeatures]:
+        outputs, vision = super().encode_images(*args, **kwargs)
         if self.drawn is None:
-            return vision
+            return outputs, vision
         drawn = self.drawn.first(len(vision.patches))
-        return replace(vision, visual_scores=drawn.visual_scores, patches=drawn.patches)
+        return outputs, replace(vision, visual_scores=drawn.visual_scores, patches=drawn.patches)
 
-    def _text_scores(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        scores, has_question = super()._text_scores(*args, **kwargs)
-        if self.drawn is None or scores is None:
-            return scores, has_question
-        return self.drawn.first(len(scores)).text_scores, has_question
+    def score(self, *args: Any, **kwargs: Any) -> ScoredImages:
+        images = super().score(*args, **kwargs)
+        if self.drawn is None or images.text_scores is None:
+            return images
+        return replace(images, text_scores=self.drawn.first(len(images.text_scores)).text_scores)
 
 
 class OurLlava(RecoverableLlavaForConditionalGeneration):
-    def __init__(self, config: RecoverableLlavaConfig):
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = DrawnModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = DrawnModel
 
 
 class StockModel(LlavaModel):
@@ -157,10 +157,8 @@ class StockLlava(LlavaForConditionalGeneration):
     model_class = StockModel
 
     def __init__(self, config: LlavaConfig):
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        super().__init__(config)
+        self.model = self.model_class(config)  # a second one costs nothing on the meta device, where `build` makes it
 
 
 class BoundLlava(StockLlava):

@@ -15,7 +15,10 @@ import torch
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
+from recoverable_llava.novelty_selection import highest_around, select_by_novelty
+from recoverable_llava.paper_selection import select_by_outliers
+from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
+from recoverable_llava.transformers_names import CACHE, cache_of
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release
@@ -62,12 +65,12 @@ class Bench:
     def first_token(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """From pixels and ids on the device to the first answer token, and the KV cache."""
         outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-        return outputs.logits[:, -1].argmax(-1), outputs.past_key_values
+        return outputs.logits[:, -1].argmax(-1), cache_of(outputs)
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor | None, cache: Any = None) -> Any:
         language_model, head = self.models.stock.model.language_model, self.models.stock.lm_head
-        outputs = language_model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return head(outputs.last_hidden_state[:, -1:]).argmax(-1), outputs.past_key_values
+        outputs = language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE: cache})
+        return head(outputs.last_hidden_state[:, -1:]).argmax(-1), cache_of(outputs)
 
     def static_cache(self, model: Any, batch_size: int, length: int) -> StaticCache:
         """A cache that holds a prompt of `length` and has room for `NEW_TOKENS` more."""
@@ -95,30 +98,26 @@ class Scored:
 def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = False) -> torch.Tensor:
     """The selector: from scores to gathered tokens, with one copy to the host if there is no budget."""
     drawn = scored.drawn
-    selection = select_tokens(
-        drawn.visual_scores,
-        drawn.text_scores,
-        scored.has_question,
-        features=None if is_paper else scored.projected,
-        grid_width=math.isqrt(drawn.visual_scores.shape[1]),
-        merge_centres=is_paper,
-        visual_lof_neighbors=neighbors,
-        text_lof_neighbors=neighbors,
-        visual_token_budget=budget,
-    )
+    given = (drawn.text_scores, scored.has_question)
+    if is_paper:
+        selection = select_by_outliers(
+            drawn.visual_scores,
+            *given,
+            visual_lof_neighbors=neighbors,
+            text_lof_neighbors=neighbors,
+            visual_token_budget=budget,
+        )
+    else:
+        around = highest_around(math.isqrt(drawn.visual_scores.shape[1]))
+        selection = select_by_novelty(
+            drawn.visual_scores, scored.projected, *given, around=around, visual_token_budget=budget
+        )
     if budget is None:
         longest, merged = torch.stack([selection.num_tokens.max(), selection.num_merged.max()]).tolist()
     else:
         longest, merged = budget, budget if is_paper else 1
     assembly = assemble_tokens(
-        selection,
-        drawn.visual_scores,
-        scored.keys,
-        drawn.text_scores,
-        scored.has_question,
-        num_tokens=longest,
-        num_merged=merged,
-        merge_centres=is_paper,
+        selection, drawn.visual_scores, scored.keys, *given, num_tokens=longest, num_merged=merged
     )
     return gather_tokens(drawn.patches, assembly)
 

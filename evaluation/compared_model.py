@@ -1,6 +1,6 @@
 """Our model with the choice of tokens left open, so that every method runs through the same prompt, cache and loop.
 
-`ComparedLlava` overrides the two steps in which `RecoverableLlavaModel` chooses and assembles tokens, and nothing else.
+`ComparedModel` overrides the two steps in which `RecoverableLlavaModel` chooses and assembles tokens, and nothing else.
 `gather_evidence` reads what published rules look at off the same towers.
 
 B prompts, I images, N patches, K kept tokens.
@@ -9,19 +9,20 @@ B prompts, I images, N patches, K kept tokens.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 from evaluation.evidence import Evidence
 from evaluation.peers import SelectionRule
-from recoverable_llava import (
-    RecoverableLlavaConfig,
-    RecoverableLlavaForConditionalGeneration,
-    RecoverableLlavaModel,
-    VisionFeatures,
-)
-from recoverable_llava.token_recovery import Assembly, Selection
+from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaModel
+from recoverable_llava.clip_scores import class_attention, read_layer, relevance_embeddings
+from recoverable_llava.recoverable_vision import ScoredImages
+from recoverable_llava.recovery_settings import TEXT_RELEVANCES
+from recoverable_llava.selection import Selection
+from recoverable_llava.token_assembly import Assembly
+from recoverable_llava.transformers_names import encoder_of
 
 
 # What LLaVA-1.5's prompt starts with, which is what the paper's release guides by.
@@ -29,6 +30,24 @@ CONSTANT_PROMPT = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions."
 )
+
+
+@dataclass(frozen=True)
+class RuledSelection(Selection):
+    """What a rule chose. Its merged tokens are the assembly's own: they have no centres."""
+
+    assembly: Assembly
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> "RuledSelection":
+        num_images, num_merged, num_patches = assembly.merge_weights.shape
+        exists = assembly.token_mask.new_zeros(num_images, num_patches + num_merged)
+        kept = exists.scatter(1, assembly.token_index, assembly.token_mask)[:, :num_patches]
+        return cls(kept, torch.zeros_like(kept), None, torch.zeros_like(kept[:, 0]), assembly)
+
+    @property
+    def num_merged(self) -> torch.Tensor:
+        return self.assembly.token_mask.sum(1) - self.num_visual
 
 
 class ComparedModel(RecoverableLlavaModel):
@@ -39,25 +58,23 @@ class ComparedModel(RecoverableLlavaModel):
     budget: int | None = None
     selector_seconds: float = 0.0
     num_tokens: torch.Tensor | None = None  # [I] of the last choice
-    _assembly: Assembly | None = None
 
-    def _select_tokens(
-        self, vision: VisionFeatures, text_scores: torch.Tensor | None, has_question: torch.Tensor | None
-    ) -> Selection:
-        with self._timed(vision.patches.device):
+    def select(self, images: ScoredImages, settings: SimpleNamespace) -> Selection:
+        with self._timed(images.vision.patches.device):
             if self.rule is None:
-                selection = super()._select_tokens(vision, text_scores, has_question)
+                selection = super().select(images, settings)
             else:
-                self._assembly = self.rule(self.evidence, self.budget)
-                selection = _counts_of(self._assembly, vision.visual_scores)
+                selection = RuledSelection.of(self.rule(self.evidence, self.budget))
         self.num_tokens = selection.num_tokens
         return selection
 
-    def _assemble_tokens(self, selection: Selection, vision: VisionFeatures, *args: Any) -> Assembly:
-        if self.rule is not None:
-            return self._assembly
-        with self._timed(vision.patches.device):
-            return super()._assemble_tokens(selection, vision, *args)
+    def assemble(
+        self, selection: Selection, images: ScoredImages, settings: SimpleNamespace, num_tokens: int, num_merged: int
+    ) -> Assembly:
+        if isinstance(selection, RuledSelection):
+            return selection.assembly
+        with self._timed(images.vision.patches.device):
+            return super().assemble(selection, images, settings, num_tokens, num_merged)
 
     @contextmanager
     def _timed(self, device: torch.device) -> Iterator[None]:
@@ -71,28 +88,7 @@ class ComparedModel(RecoverableLlavaModel):
 class ComparedLlava(RecoverableLlavaForConditionalGeneration):
     """`RecoverableLlavaForConditionalGeneration` around a `ComparedModel`."""
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> RecoverableLlavaForConditionalGeneration:
-        """Loaded as the package's own class, whose inner model then turns into a `ComparedModel`."""
-        model = RecoverableLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
-        model.model.__class__ = ComparedModel
-        return model
-
-
-@contextmanager
-def configured(config: RecoverableLlavaConfig, **settings: Any) -> Iterator[None]:
-    """The configuration with other settings, until the end of the block."""
-    unknown = [name for name in settings if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"The configuration has no fields {unknown}.")
-    before = {name: getattr(config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    model_class = ComparedModel
 
 
 @torch.no_grad()
@@ -112,11 +108,11 @@ def gather_evidence(
         constant_input_ids: [1, T] the constant prompt, padded to the text tower's full length.
         row_of_question: [B] the image of each question.
     """
-    tower = getattr(model.vision_tower, "vision_model", model.vision_tower)
-    last, previous = tower.encoder.layers[-1], tower.encoder.layers[-2]
+    tower = encoder_of(model.vision_tower)
+    previous, last = tower.encoder.layers[-2:]
     hidden_states = model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    class_attention, keys = model._class_attention(last, hidden_states[-2])
-    previous_class_attention, previous_keys = model._class_attention(previous, hidden_states[-3])
+    attention, keys = read_layer(last, hidden_states[-2], class_attention)
+    previous_attention, previous_keys = read_layer(previous, hidden_states[-3], class_attention)
     layer = model.config.vision_feature_layer
     layers = [layer] if isinstance(layer, int) else layer
     patches = torch.cat([hidden_states[index] for index in layers], dim=-1)[:, 1:]
@@ -125,10 +121,10 @@ def gather_evidence(
     project_text = model.question_tower.text_projection
 
     embeds = model.get_question_embeds(question_input_ids)
-    relevance_embeds = {}
-    for name in ("projected", "negated", "value"):
-        with configured(model.config, text_relevance=name):
-            relevance_embeds[name] = model._relevance_embeds(tower, hidden_states)[row_of_question]
+    relevance_embeds = {
+        name: relevance_embeddings(tower, model.visual_projection, hidden_states, name)[row_of_question]
+        for name in TEXT_RELEVANCES
+    }
     relevance = {name: (each @ embeds[:, :, None]).squeeze(2) for name, each in relevance_embeds.items()}
 
     # A question's own tokens stand between its start and its end token.
@@ -143,9 +139,9 @@ def gather_evidence(
         projected=model.multi_modal_projector(patches)[row_of_question],
         keys=keys[row_of_question],
         previous_keys=previous_keys[row_of_question],
-        class_attention=class_attention[row_of_question],
-        previous_class_attention=previous_class_attention[row_of_question],
-        undivided_class_attention=_undivided_class_attention(last, hidden_states[-2])[row_of_question],
+        class_attention=attention[row_of_question],
+        previous_class_attention=previous_attention[row_of_question],
+        undivided_class_attention=read_layer(last, hidden_states[-2], undivided_class_attention)[row_of_question],
         patch_embeddings=model.visual_projection(tower.post_layernorm(hidden_states[-2][:, 1:]))[row_of_question],
         bare_patch_embeddings=model.visual_projection(hidden_states[-1][:, 1:])[row_of_question],
         question_embedding=embeds,
@@ -157,29 +153,12 @@ def gather_evidence(
     )
 
 
-def _undivided_class_attention(layer: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def undivided_class_attention(layer: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """[I, N] attention of the class token over the patches with all heads taken as one, as in PruMerge's release."""
     normed = layer.layer_norm1(hidden_states)
     query, keys = layer.self_attn.q_proj(normed[:, :1]), layer.self_attn.k_proj(normed)
     logits = (query @ keys.transpose(1, 2)).squeeze(1) * keys.shape[-1] ** -0.5
     return logits.softmax(-1, dtype=torch.float32)[:, 1:]
-
-
-def _counts_of(assembly: Assembly, visual_scores: torch.Tensor) -> Selection:
-    """A `Selection` that says no more than how many tokens an assembly has."""
-    nothing = torch.zeros_like(visual_scores, dtype=torch.bool)
-    num_tokens = assembly.token_mask.sum(1)
-    num_merged = torch.full_like(num_tokens, assembly.merge_weights.shape[1])
-    return Selection(
-        kept_by_vision=nothing,
-        recovered_by_text=nothing,
-        merge_centres=nothing,
-        merges_remaining=nothing[:, 0],
-        num_visual=num_tokens,
-        num_text=torch.zeros_like(num_tokens),
-        num_merged=num_merged,
-        num_tokens=num_tokens,
-    )
 
 
 def _wait_for(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from evaluation.methods import METHODS, find_methods
 from evaluation.runner import Batches, PreparedBatch, Run, constant_ids, conversation, plan_runs
 from evaluation.statistics import wilson
 from recoverable_llava import RecoverableLlavaProcessor
+from recoverable_llava.transformers_names import CACHE, cache_of
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def answer_on_returned_cache(
         continued = model.generate(
             input_ids=sequences,
             attention_mask=torch.ones_like(sequences),
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )

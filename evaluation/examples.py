@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from recoverable_llava.tools.pictures import open_picture
 from training.questions import KINDS, ask
 from training.render import render, renderer_constants
 from training.scenes import make_scene, scene_arrays, scene_random
@@ -85,7 +86,7 @@ def _file(path: Path, num_images: int) -> tuple[list[Image.Image], list[Example]
         number = numbers.setdefault(row["image"], len(numbers))
         history = tuple((question, answer) for question, answer in row.get("history", ()))
         examples.append(Example(number, row["question"], row["answer"], row["kind"], history))
-    return [Image.open(path.parent / name).convert("RGB") for name in numbers], examples
+    return [open_picture(path.parent / name) for name in numbers], examples
 
 
 def _with_wrong_questions(examples: list[Example]) -> list[Example]:

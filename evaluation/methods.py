@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from recoverable_llava.token_recovery import Assembly
 
 from evaluation import peers
 from evaluation.ablations import ABLATIONS
 from evaluation.evidence import Evidence
 from evaluation.report import ALL_TOKENS
 from recoverable_llava.recovery_settings import PRESETS
+from recoverable_llava.token_assembly import Assembly
 
 
 # The paper's hyperparameters and its text relevance, on our implementation (docs/deviations.md).

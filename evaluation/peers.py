@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import normalize
 
 from evaluation.evidence import Evidence
-from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.token_recovery import Assembly
+from recoverable_llava.paper_selection import number_of_outliers
+from recoverable_llava.selection import highest
+from recoverable_llava.token_assembly import Assembly, first_true
 
 
 SelectionRule = Callable[[Evidence, int | None], Assembly]
@@ -231,15 +232,9 @@ def assembly_of(
     longest = int(count.max())
     return Assembly(
         merge_weights=merge_weights.float(),
-        token_index=(~exists).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest],
+        token_index=first_true(exists, longest),
         token_mask=torch.arange(longest, device=kept.device) < count,
     )
-
-
-def highest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of each row's `count` (a number, or [B]) highest scores; the first of equal ones."""
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return rank < (count[:, None] if isinstance(count, torch.Tensor) else count)
 
 
 def min_max(scores: torch.Tensor) -> torch.Tensor:
@@ -273,8 +268,7 @@ def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _num_outliers(scores: torch.Tensor, neighbors: int, valid: torch.Tensor | None = None) -> torch.Tensor:
     """[B] number of outliers of the scores by Local Outlier Factor, both tails, at scikit-learn's threshold."""
-    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    return (local_outlier_factor(scores, neighbors, valid) > 1.5).sum(1)
+    return number_of_outliers(scores, valid, neighbors, 1.5)
 
 
 def _num_above_quartiles(scores: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.compared_model import CONSTANT_PROMPT, ComparedLlava, configured, gather_evidence
+from evaluation.compared_model import CONSTANT_PROMPT, ComparedLlava, gather_evidence
 from evaluation.evidence import Evidence
 from evaluation.examples import Example, is_correct
 from evaluation.methods import Method
 from evaluation.report import ALL_TOKENS, Outcome
 from recoverable_llava import RecoverableLlavaProcessor, VisionFeatures
+from recoverable_llava.tools.settings import configured
 
 
 # Fields of the configuration that change what is read off the vision tower.

@@ -9,12 +9,17 @@ The request is an ordinary one: the plugin finds the question in it. See docs/vl
 import argparse
 import asyncio
 import base64
+import sys
 from pathlib import Path
 
-from openai import AsyncOpenAI
 from PIL import Image
 from tqdm.asyncio import tqdm
 
+
+try:
+    from openai import APIConnectionError, AsyncOpenAI
+except ImportError:
+    sys.exit("This needs OpenAI's client: pip install openai")
 
 QUESTIONS = [
     "What word is under the lemon?",
@@ -34,8 +39,13 @@ async def main() -> None:
     parser.add_argument("--adaptive", metavar="REPO", help="recover here with this repo, as many tokens as it takes")
     options = parser.parse_args()
 
+    if not options.picture.is_file():
+        sys.exit(f"Run this from the root of the repository, or name a picture: there is no {options.picture} here.")
     client = AsyncOpenAI(base_url=options.server, api_key="none")
-    model = (await client.models.list()).data[0].id
+    try:
+        model = (await client.models.list()).data[0].id
+    except APIConnectionError:
+        sys.exit(f"No server answers at {options.server}. Start one in another terminal: make serve")
     picture = base64.b64encode(options.picture.read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     extra = {} if options.budget is None else {"mm_processor_kwargs": {"visual_token_budget": options.budget}}

@@ -7,15 +7,22 @@ Here, on a CPU: `make .venv-vllm/.installed`, then `.venv-vllm/bin/python exampl
 """
 
 import sys
+from pathlib import Path
 
 from PIL import Image
-from vllm import LLM, SamplingParams
 
+
+try:
+    from vllm import LLM, SamplingParams
+except ImportError:
+    sys.exit("This needs vLLM: make .venv-vllm/.installed, or pip install vllm beside a GPU")
 
 QUESTIONS = ["What word is under the lemon?", "What color is the plate of the penguin?", "Where is the cactus?"]
 
 
 def main() -> None:
+    if not Path("demo/scene.png").is_file():
+        sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
     if len(sys.argv) > 1:
         model = LLM(sys.argv[1])
     else:

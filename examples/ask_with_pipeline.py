@@ -1,10 +1,13 @@
 """Ask about a picture with `pipeline`: the usual call, with trust_remote_code=True."""
 
 import sys
+from pathlib import Path
 
 from transformers import pipeline
 
 
+if not Path("demo/scene.png").is_file():
+    sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
 answerer = pipeline(
     "image-text-to-text", model=sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny", trust_remote_code=True
 )

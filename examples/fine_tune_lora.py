@@ -4,13 +4,19 @@ A toy task, so that it takes seconds: the answer to one question about one pictu
 """
 
 import sys
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+except ImportError:
+    sys.exit("This needs peft: pip install peft")
+if not Path("demo/scene.png").is_file():
+    sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
 repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"
 model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)

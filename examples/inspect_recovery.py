@@ -1,6 +1,7 @@
 """Which patches a question keeps, in numbers and as a picture: recovery.png. The language model does not run."""
 
 import sys
+from pathlib import Path
 
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -8,6 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from recoverable_llava.tools.visualize import draw_questions
 
 
+if not Path("demo/scene.png").is_file():
+    sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
 repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"
 model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)

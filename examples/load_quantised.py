@@ -4,12 +4,18 @@ Needs `pip install bitsandbytes`; runs on a GPU, and with recent versions on a C
 """
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 
+if find_spec("bitsandbytes") is None:
+    sys.exit("This needs bitsandbytes: pip install bitsandbytes")
+if not Path("demo/scene.png").is_file():
+    sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
 repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"
 quantisation = BitsAndBytesConfig(
     load_in_4bit=True,

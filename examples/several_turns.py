@@ -5,12 +5,15 @@ again instead (`streaming_chat.py`), so that its own question chooses.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
+if not Path("demo/scene.png").is_file():
+    sys.exit("Run this from the root of the repository: it asks about demo/scene.png.")
 repo = sys.argv[1] if len(sys.argv) > 1 else "checkpoints/tiny"
 model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)

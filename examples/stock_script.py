@@ -6,6 +6,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
+if len(sys.argv) != 2:
+    sys.exit("Usage: python SCRIPT REPO, from the root of the repository")
 repo = sys.argv[1]
 model = AutoModelForImageTextToText.from_pretrained(repo)
 processor = AutoProcessor.from_pretrained(repo)

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hub_upload.build import RECOVERY_SETTINGS, BuildFailure, build
-from hub_upload.checkpoint import read_json
-from hub_upload.publish import PROVENANCE, HubFailure, Publication, publish, redact
+from hub_upload.hub import HubFailure, redact
+from hub_upload.provenance import PROVENANCE, is_same_build, read_provenance
+from hub_upload.publish import Publication, publish
+
+
+NAMES_SHOWN = 10
 
 
 def parse_bool(text: str) -> bool:
@@ -65,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--question")
     command.add_argument("--image", help="picture to ask about; default a gradient")
     command.add_argument("--device", help="such as cuda:0; default a GPU if there is one")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run code even if it is not that of the installed package"
+    )
 
     command = commands.add_parser("illustrate", help="put a picture of what is kept into the card")
     command.add_argument("folder", metavar="DIR")
@@ -99,9 +106,9 @@ def _build_or_reuse(arguments: argparse.Namespace, output: Path) -> Path:
     """Builds; a folder left by an earlier push of the same things is taken again, so that a push can be repeated."""
     if not (output / PROVENANCE).is_file():
         return _build(arguments, output)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.again-", dir=output.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{output.name[:48]}.again-", dir=output.parent) as temporary:
         again = _build(arguments, Path(temporary, output.name))
-        if read_json(again / PROVENANCE) != read_json(output / PROVENANCE):
+        if not is_same_build(read_provenance(again), read_provenance(output)):
             raise ValueError(
                 f"output={str(output)!r} exists and was built from something else: choose another --output or delete it"
             )
@@ -119,6 +126,10 @@ def summary(publication: Publication) -> str:
     words = {"add": "uploaded", "copy": "copied on the server", "keep": "unchanged", "delete": "removed"}
     verb = "Would be " if publication.dry_run else ""
     lines = [f"{verb}{words[name]}: {counts[name]} files, {sizes[name] / 1e6:.1f} MB" for name in words if counts[name]]
+    if publication.not_sent:
+        left = publication.not_sent
+        more = f" and {len(left) - NAMES_SHOWN} more" if len(left) > NAMES_SHOWN else ""
+        lines.append(f"Not sent, as the build did not write it: {', '.join(left[:NAMES_SHOWN])}{more}")
     if publication.dry_run:
         lines += [f"  {entry.action:<6} {entry.path}" for entry in publication.files if entry.action != "keep"]
         return "\n".join([f"Dry run: nothing was sent to {publication.url}", *lines])
@@ -148,9 +159,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(f"Drew {illustrate(arguments.folder, arguments.image, arguments.question)}")
     else:
-        from hub_upload.verify import table, verify
+        from hub_upload.inspection import table
+        from hub_upload.verify import verify
 
-        checks = verify(arguments.target, **_given(arguments, ("revision", "question", "image", "device", "token")))
+        names = ("revision", "question", "image", "device", "trust_remote_code", "token")
+        checks = verify(arguments.target, **_given(arguments, names))
         print(table(checks))
         return 0 if all(check.passed for check in checks) else 1
     return 0

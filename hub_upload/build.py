@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,27 @@ from hub_upload.checkpoint import (
     read_tensor,
     write_json,
 )
-from hub_upload.model_card import base_license, model_card, read_results
-from hub_upload.publish import CARD, PROVENANCE, Source, fetch_source
-from hub_upload.remote_code import PAGE, configuration_fields, executed_files, package_folder, remote_code_page
+from hub_upload.hub import fetch_source
+from hub_upload.inspection import CONFIG, visible_files
+from hub_upload.model_card import model_card, read_base_card, read_results
+from hub_upload.provenance import CARD, PROVENANCE
+from hub_upload.remote_code import (
+    PAGE,
+    configuration_fields,
+    executed_files,
+    package_auto_map,
+    package_folder,
+    remote_code_page,
+    without_code,
+)
+from hub_upload.source import Source, copy_without_weights, is_license
 
 
 EXTRA_SHARD = "model-question-tower.safetensors"
 # transformers prefers a file called model.safetensors to any index, so a single-file base gets another name.
 BASE_SHARD = "model-base.safetensors"
-CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
 QUESTION_TOWER, VISUAL_PROJECTION = "model.question_tower.", "model.visual_projection.weight"
-LICENSE_PATTERNS = ("LICENSE*", "USE_POLICY*", "NOTICE*")
 # A difference this small is the rounding of the same weights to 16 bits, once or twice.
 ROUNDING, SUBNORMAL = 2.0**-7, 1e-6
 
@@ -110,69 +121,76 @@ def build(
     clip, settings = defaults_for(base, clip)
     base_source = fetch_source(base, base_revision, token, "base")
     clip_source = fetch_source(clip, clip_revision, token, "clip")
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
         _fill(
             folder,
-            base_source,
-            clip_source,
+            _Part(base_source, copy_without_weights(base_source, Path(temporary, "base"))),
+            _Part(clip_source, copy_without_weights(clip_source, Path(temporary, "clip"))),
             {**settings, **recovery},
-            chat_template=Path(chat_template) if chat_template else None,
-            license_name=license or base_license(base_source.folder),
+            chat_template=Path(chat_template).read_text(encoding="utf-8") if chat_template else None,
+            license=license,
             results=read_results(Path(results) if results else None),
             accept_different_vision_tower=accept_different_vision_tower,
         )
     return output
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One of the two checkpoints: where its weights lie, and a safe copy of all else."""
+
+    source: Source
+    settings: Path
+
+
 def _fill(
     folder: Path,
-    base_source: Source,
-    clip_source: Source,
+    base: _Part,
+    clip: _Part,
     recovery: dict[str, Any],
     *,
-    chat_template: Path | None,
-    license_name: str | None,
+    chat_template: str | None,
+    license: str | None,
     results: list[dict[str, Any]],
     accept_different_vision_tower: bool,
 ) -> None:
-    config, checked = recoverable_config(
-        read_json(base_source.folder / CONFIG), read_json(clip_source.folder / CONFIG), recovery
-    )
-    base, clip = read_checkpoint(base_source.folder), read_checkpoint(clip_source.folder)
-    base_sha256 = checked_sha256(base_source, base.shards)
-    checked_sha256(clip_source, clip.shards if clip_source.hub_sha256 else [])
-    differs = check_vision_tower(base, clip, accept_different_vision_tower)
-    extra = extra_tensors(clip, checked)
-    shards = {shard: BASE_SHARD if shard == WEIGHTS else shard for shard in base.shards}
-    check_space(folder, [base_source.folder / shard for shard in shards], sum(entry.size for entry in extra.values()))
+    config, checked = recoverable_config(read_json(base.settings / CONFIG), read_json(clip.settings / CONFIG), recovery)
+    base_weights, clip_weights = read_checkpoint(base.source.folder), read_checkpoint(clip.source.folder)
+    base_sha256 = checked_sha256(base.source, base_weights.shards)
+    checked_sha256(clip.source, clip_weights.shards if clip.source.hub_sha256 else [])
+    differs = check_vision_tower(base_weights, clip_weights, accept_different_vision_tower)
+    extra = extra_tensors(clip_weights, checked)
+    shards = {shard: BASE_SHARD if shard == WEIGHTS else shard for shard in base_weights.shards}
+    linked = [base.source.folder / shard for shard in shards]
+    check_space(folder, linked, sum(entry.size for entry in extra.values()))
     for shard, name in shards.items():
-        place_file(base_source.folder / shard, folder / name)
-    write_extra_shard(clip, extra, folder / EXTRA_SHARD)
-    renamed = {name: replace(entry, shard=shards[entry.shard]) for name, entry in base.tensors.items()}
-    write_json(folder / INDEX, merged_index(renamed, extra, base.index_metadata))
+        place_file(base.source.folder / shard, folder / name)
+    write_extra_shard(clip_weights, extra, folder / EXTRA_SHARD)
+    renamed = {name: replace(entry, shard=shards[entry.shard]) for name, entry in base_weights.tensors.items()}
+    write_json(folder / INDEX, merged_index(renamed, extra, base_weights.index_metadata))
     write_json(folder / CONFIG, config)
-    write_processor(folder, base_source.folder, clip_source.folder, checked, chat_template)
-    for source in base_source.folder.iterdir():
-        if source.name == GENERATION_CONFIG or any(fnmatch(source.name, pattern) for pattern in LICENSE_PATTERNS):
-            shutil.copyfile(source, folder / source.name)
-    code = executed_files(package_folder())
-    for name in code:
+    write_processor(folder, base.settings, clip.settings, checked, chat_template)
+    for path in base.settings.iterdir():
+        if path.name == GENERATION_CONFIG or is_license(path.name):
+            shutil.copyfile(path, folder / path.name)
+    for name in executed_files(package_folder()):
         shutil.copyfile(package_folder() / name, folder / name)
     (folder / PAGE).write_text(remote_code_page(folder), encoding="utf-8")
-    files = files_sha256(folder, [EXTRA_SHARD, INDEX, *code], "Hashing files")
+    files = files_sha256(folder, {*visible_files(folder)} - {*shards.values()}, "Hashing files")
     files |= {name: base_sha256[shard] for shard, name in shards.items()}
     provenance = {
-        "base": base_source.provenance(),
+        "base": base.source.provenance(),
         "base_shards": {name: shard for shard, name in shards.items()},
-        "clip": clip_source.provenance(),
+        "clip": clip.source.provenance(),
         "files": files,
         "recovery": {name: config[name] for name in RECOVERY_SETTINGS},
         "vision_tower_differs": differs,
     }
     write_json(folder / PROVENANCE, provenance)
-    num_tokens = checked.num_patches + checked.num_class_tokens
-    card = model_card(config, provenance, num_tokens, license_name, results)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    stated = read_base_card(base.settings)
+    if license and license != stated.license:
+        stated = replace(stated, license=license, license_name=None, license_link=None, states_license=False)
+    (folder / CARD).write_text(model_card(config, checked, provenance, stated, results), encoding="utf-8")
 
 
 def checked_sha256(source: Source, shards: list[str]) -> dict[str, str]:
@@ -200,7 +218,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A hidden sibling of `output` that becomes `output` at the end, or disappears."""
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
-    folder = output.parent / f".{output.name}.building-{uuid.uuid4().hex[:8]}"
+    folder = output.parent / f"{_hidden_name(output)}{uuid.uuid4().hex[:8]}"
     lock = folder.with_name(folder.name + ".lock")
     try:
         with lock.open("w") as held:
@@ -228,9 +246,14 @@ def _is_full(error: Exception) -> bool:
     return any(text in str(error) for text in ("No space left", "File too large", "quota exceeded"))
 
 
+def _hidden_name(output: Path) -> str:
+    """How the hidden siblings of `output` begin; of a long name the start, as names have at most 255 bytes."""
+    return f".{output.name[:48]}.building-"
+
+
 def _remove_abandoned(output: Path) -> None:
     """Removes what builds of the same output left when they were killed; a running one holds its lock."""
-    for lock in output.parent.glob(f".{output.name}.building-*.lock"):
+    for lock in output.parent.glob(f"{glob.escape(_hidden_name(output))}*.lock"):
         with lock.open("w") as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -285,7 +308,7 @@ def recoverable_config(
 ) -> tuple[dict[str, Any], Any]:
     """config.json, and the same as a checked object. The base's own fields stay as written, for every version to
     read."""
-    from recoverable_llava.configuration_recoverable_llava import AUTO_MAP, RecoverableLlavaConfig
+    from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
 
     if base.get("model_type") != "llava":
         raise ValueError(
@@ -301,15 +324,16 @@ def recoverable_config(
         )
     _check_vision_config(base, clip)
     question = _question_config(clip)
-    kept = {name: value for name, value in base.items() if name not in ("_name_or_path", "auto_map", "architectures")}
+    kept = {name: value for name, value in without_code(base).items() if name not in ("_name_or_path", "architectures")}
     fields = {**kept, "question_config": question, **recovery}
     checked = RecoverableLlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
     settings = {name: getattr(checked, name) for name in RECOVERY_SETTINGS}
+    auto_map = package_auto_map()
     return {
         **kept,
         **settings,
-        "architectures": [AUTO_MAP["AutoModelForImageTextToText"].split(".")[1]],
-        "auto_map": dict(AUTO_MAP),
+        "architectures": [auto_map["AutoModelForImageTextToText"].split(".")[1]],
+        "auto_map": dict(auto_map),
         "model_type": RecoverableLlavaConfig.model_type,
         "question_config": question,
     }, checked
@@ -446,50 +470,16 @@ def write_extra_shard(clip: Checkpoint, extra: dict[str, TensorEntry], path: Pat
 # ---------------------------------------------------------------------------------------------------- processor
 
 
-def write_processor(folder: Path, base: Path, clip: Path, config: Any, chat_template: Path | None) -> None:
-    """The base's image processor and tokenizer, and CLIP's tokenizer for the question."""
-    from transformers import AutoTokenizer, LlavaProcessor
+def write_processor(folder: Path, base: Path, clip: Path, config: Any, chat_template: str | None) -> None:
+    from recoverable_llava.tools.combine import combine_processors
 
-    from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
-
-    stock = LlavaProcessor.from_pretrained(base)
-    template: Any = chat_template.read_text(encoding="utf-8") if chat_template else stock.chat_template
-    template = template or stock.tokenizer.chat_template
-    if not template:
+    try:
+        processor = combine_processors(base, clip, config, chat_template)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(f"the processor of base or the tokenizer of clip cannot be used: {error}") from None
+    if not processor.chat_template:
         raise ValueError(
             "base: it has no chat template, which the pipeline and the finding of the question need. Pass the one it "
             "was trained with as a Jinja file: chat_template (--chat-template FILE)"
         )
-    patch_size = config.vision_config.patch_size
-    if stock.patch_size not in (None, patch_size):
-        raise ValueError(f"base: its processor has patch_size={stock.patch_size}, its vision tower {patch_size}")
-    question_tokenizer = AutoTokenizer.from_pretrained(clip)
-    if len(question_tokenizer) > config.question_config.vocab_size:
-        raise ValueError(
-            f"clip: its tokenizer has {len(question_tokenizer)} entries, its text tower "
-            f"{config.question_config.vocab_size}: they do not belong together"
-        )
-    # 2 is what CLIP's first configurations say; the tower then takes the highest token, which ends the question.
-    end, expected = question_tokenizer.eos_token_id, config.question_config.eos_token_id
-    if expected not in (2, end):
-        raise ValueError(
-            f"clip: its tokenizer ends a question with token {end}, the text tower looks for {expected} and would read "
-            "the wrong place: take tokenizer and weights from the same checkpoint"
-        )
-    question_tokenizer.model_max_length = config.question_config.max_position_embeddings
-    processor = RecoverableLlavaProcessor(
-        image_processor=stock.image_processor,
-        tokenizer=stock.tokenizer,
-        question_tokenizer=question_tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=template,
-        image_token=stock.image_token,
-        # Written before version 4.46, a processor does not know of the class token, which CLIP always has.
-        num_additional_image_tokens=stock.num_additional_image_tokens or 1,
-        visual_token_budget=config.visual_token_budget,
-    )
     processor.save_pretrained(folder)
-    # Looked for beside every tokenizer; without one, pipelines of transformers 5.12 fail on a repo id that is cached.
-    write_json(folder / "question_tokenizer" / CONFIG, {})
-    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")

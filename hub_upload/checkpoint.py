@@ -50,11 +50,11 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # also of a pipe, which would be waited for
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete transformers checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is not a complete transformers checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): it is truncated or damaged, fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: fetch it again")
@@ -87,8 +87,8 @@ def _read_sharded(folder: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map: it is truncated or damaged, fetch it again")
     tensors: dict[str, TensorEntry] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX} names the shard {shard!r}; only .safetensors files beside it are read")
         tensors.update(_read_shard(folder, shard))
     listed = {name: entry.shard for name, entry in tensors.items()}
@@ -104,14 +104,14 @@ def _read_sharded(folder: Path) -> Checkpoint:
 
 
 def _read_shard(folder: Path, shard: str) -> dict[str, TensorEntry]:
+    if not (folder / shard).is_file():
+        raise ValueError(f"{folder / shard} is missing, though the index names it: fetch it again")
     try:
         with safe_open(folder / shard, framework="pt") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
             return {
                 name: _entry(shard, tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()
             }
-    except FileNotFoundError:
-        raise ValueError(f"{folder / shard} is missing, though the index names it: fetch it again") from None
     except SafetensorError as error:
         raise ValueError(
             f"{folder / shard} cannot be read as safetensors ({error}): it is cut short or damaged, fetch it again"

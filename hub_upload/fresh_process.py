@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
+# By name, as the library would hand a file of some others to a program.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
 def executed_files() -> dict[str, str]:
     """SHA-256 of every remote-code file that this process imported."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("transformers_modules.")]
@@ -27,10 +31,10 @@ def loading_problems(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture(path: str | None, size: int) -> Any:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if path:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path, formats=PICTURE_FORMATS)).convert("RGB")
     horizontal = Image.linear_gradient("L").resize((size, size))
     return Image.merge("RGB", (horizontal, horizontal.rotate(90), Image.radial_gradient("L").resize((size, size))))
 

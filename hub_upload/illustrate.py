@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from hub_upload.model_card import OVERLAY, with_illustration
-from hub_upload.publish import CARD, PROVENANCE
+from hub_upload.checkpoint import file_sha256, write_json
+from hub_upload.model_card import with_illustration
+from hub_upload.provenance import CARD, OVERLAY, PROVENANCE, read_provenance
 
 
 def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
@@ -19,10 +20,7 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
     from recoverable_llava.tools.visualize import draw_recovery
 
     folder = Path(folder)
-    if not (folder / PROVENANCE).is_file():
-        raise ValueError(
-            f"folder={str(folder)!r} has no {PROVENANCE}: pass a folder made by `python -m hub_upload build`"
-        )
+    provenance = read_provenance(folder)
     if not Path(image).is_file():
         raise ValueError(f"image={str(image)!r} does not exist: pass a picture file")
     picture = Image.open(image).convert("RGB")
@@ -47,4 +45,6 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
     (folder / CARD).write_text(
         with_illustration(card, question, kept, model.config.num_patches, command), encoding="utf-8"
     )
+    provenance["files"][OVERLAY] = file_sha256(folder / OVERLAY)
+    write_json(folder / PROVENANCE, provenance)
     return folder / OVERLAY

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from hub_upload.provenance import CARD, OVERLAY
 
 
 # The built folder does not know yet where it will live; publishing fills this in.
 REPO_ID_PLACEHOLDER = "OWNER/NAME"
-OVERLAY = "recovery_overlay.png"
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PAPER = "[arXiv 2409.01179](https://arxiv.org/abs/2409.01179)"
 ILLUSTRATION_START, ILLUSTRATION_END = "<!-- illustration -->", "<!-- end of illustration -->"
 
 CITATION = """@inproceedings{chen2025recoverable,
@@ -21,15 +26,38 @@ CITATION = """@inproceedings{chen2025recoverable,
 }"""
 
 
-def base_license(folder: Path) -> str | None:
-    """The license that the base's own card states."""
+@dataclass(frozen=True)
+class BaseCard:
+    """What the base's own card states and ours passes on."""
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: tuple[str, ...] = ()
+    states_license: bool = False  # False where the publisher named the license instead
+
+
+def read_base_card(folder: Path) -> BaseCard:
+    """The card in `folder`; a field that is no text, or no repo id where one belongs, counts as missing."""
     from huggingface_hub import ModelCard
 
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    stated = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    return stated if isinstance(stated, str) else None
+    if not (folder / CARD).is_file():
+        return BaseCard()
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except Exception as error:  # of the YAML reader, for what is no YAML
+        raise ValueError(f"base: the metadata of its {CARD} cannot be read ({error}): correct or remove it") from None
+    made_from = data.get("base_model")
+    made_from = made_from if isinstance(made_from, list) else [made_from]
+    stated = {name: _line(data.get(name)) for name in ("license", "license_name", "license_link")}
+    repo_ids = tuple(name for name in made_from if isinstance(name, str) and REPO_ID.fullmatch(name))
+    return BaseCard(**stated, base_model=repo_ids, states_license=stated["license"] is not None)
+
+
+def _line(value: Any) -> str | None:
+    """A text on one line that can stand in Markdown as code; None for anything else."""
+    return " ".join(value.replace("`", "").split()) or None if isinstance(value, str) else None
 
 
 def read_results(path: Path | None) -> list[dict[str, Any]]:
@@ -49,45 +77,108 @@ def read_results(path: Path | None) -> list[dict[str, Any]]:
     return results
 
 
-def _named(source: dict[str, Any]) -> str:
+def _page(repo_id: str) -> str:
+    return f"https://huggingface.co/{repo_id}"
+
+
+def _named(source: dict[str, Any], stated: BaseCard | None = None) -> str:
     if "repo_id" in source:
-        page = f"https://huggingface.co/{source['repo_id']}"
-        return f"[{source['repo_id']}]({page}) (commit [`{source['revision'][:8]}`]({page}/tree/{source['revision']}))"
-    return f"`{source['folder']}` (a local checkpoint)"
+        page, revision = _page(source["repo_id"]), source["revision"]
+        return f"[{source['repo_id']}]({page}) (commit [`{revision[:8]}`]({page}/tree/{revision}))"
+    made_from = ", ".join(f"[{name}]({_page(name)})" for name in (stated.base_model if stated else ()))
+    made_from = f", made from {made_from}" if made_from else ""
+    return f"`{_line(source['folder'])}` (a local checkpoint of the publisher{made_from})"
 
 
 def _title(source: dict[str, Any]) -> str:
-    return str(source.get("repo_id") or source["folder"]).split("/")[-1]
+    return str(source.get("repo_id") or _line(source["folder"])).split("/")[-1]
 
 
-def _savings(config: dict[str, Any], patches: int) -> str:
-    budget, most = config["visual_token_budget"], config["max_visual_tokens"]
+# ------------------------------------------------------------------------------------- what the settings do, in words
+
+
+def _what_it_keeps(config: dict[str, Any]) -> str:
+    """Follows "drops visual tokens:"."""
+    if config["selection"] == "paper":
+        rest = "merges what is left around a few centres"
+        return f"it keeps what the vision tower attends to, **recovers what the question asks about**, and {rest}"
+    rest = "merges what is left into one token" if config["merge_remaining"] else "drops what is left"
+    return (
+        "it chooses patches by their importance and by how unlike each other they are, "
+        f"{100 * config['text_share']:.0f} % of them for **what the question asks about** and the others for what the "
+        f"vision tower attends to, and {rest}"
+    )
+
+
+def _whose_selection(config: dict[str, Any]) -> str:
+    if config["selection"] == "paper":
+        return f"The selection is that of Chen et al., {PAPER}, with the settings below; no training is involved."
+    return (
+        f"The idea of recovering tokens for the question, without training, is that of Chen et al., {PAPER}; how "
+        "tokens are chosen here is not the paper's. "
+        '`model.config.use_preset("paper")` switches to the paper\'s way.'
+    )
+
+
+def _how_many(config: dict[str, Any], patches: int) -> str:
+    budget, least, most = (config[name] for name in ("visual_token_budget", "min_visual_tokens", "max_visual_tokens"))
     if budget is not None:
         return (
             f"Every image takes exactly **{budget} of {patches}** visual tokens in the language model "
             f"({100 * budget / patches:.0f} %), whatever the image and the question."
         )
-    bound = f", at most {most}" if most is not None else ""
+    depends = {
+        "novelty": "depends on the image alone: as many as show something new. The question has a say in which",
+        "paper": "depends on the image and on the question: as many as stand out in class attention, then in relevance",
+    }[config["selection"]]
+    bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)
+    within = f" ({' and '.join(bounds)})" if bounds else ""
     return (
-        f"An image has {patches} visual tokens. How many stay{bound} depends on the image and on the question; the "
-        "paper reports about 10 % on average for LLaVA-1.5. `model.recover_tokens(**inputs)` tells the number for "
-        "your own images without running the language model. Prompt processing and the key-value cache shrink with "
-        "it; the vision tower's work stays the same, plus one small text tower."
+        f"An image has {patches} visual tokens. How many stay{within} {depends}. `model.recover_tokens(**inputs)` "
+        "tells the number for your own images without running the language model."
     )
 
 
-def _selection(config: dict[str, Any]) -> str:
-    if config["selection"] == "paper":
-        return ""
-    return "Unlike the paper's, this selection spends no token on a near copy of another. "
-
-
-def _fewer_tokens(config: dict[str, Any]) -> str:
+def _fewer_tokens(config: dict[str, Any], least: int) -> str:
     """A line of code that lets fewer tokens stay, with these settings."""
+    budget = config["visual_token_budget"]
+    if budget is not None:
+        fewer = 8 if least <= 8 < budget else max(least, budget // 2)
+        return f"model.config.visual_token_budget = processor.visual_token_budget = {fewer}  # from the next prompt on"
+    name, value = {"novelty": ("novelty_threshold", 0.5), "paper": ("lof_threshold", 2.0)}[config["selection"]]
+    higher = value if config[name] < value else 2 * config[name]
+    return f"model.config.{name} = {float(higher)}  # fewer tokens; takes effect on the next call"
+
+
+def _switch_off(config: dict[str, Any]) -> str:
     if config["visual_token_budget"] is not None:
-        return "model.config.visual_token_budget = processor.visual_token_budget = 8  # from the next prompt on"
-    name, value = ("novelty_threshold", 0.5) if config["selection"] == "novelty" else ("lof_threshold", 2.0)
-    return f"model.config.{name} = {value}  # fewer tokens; takes effect on the next call"
+        return (
+            "model.config.compress, processor.visual_token_budget = False, None  # stock LLaVA, bit for bit, from the "
+            "next prompt on"
+        )
+    return "model.config.compress = False  # stock LLaVA, bit for bit"
+
+
+# ------------------------------------------------------------------------------------------------------------ the card
+
+
+def _license(stated: BaseCard) -> str:
+    if stated.license is None:
+        return "The base model states no license; ask its authors before you use or pass on the weights."
+    name = f"`{stated.license_name or stated.license}`"
+    name = f"[{name}]({stated.license_link})" if stated.license_link else name
+    if not stated.states_license:
+        return f"License of the base model's weights, according to who published this repository: {name}."
+    return f"The base model's weights keep the license that its card states: {name}."
+
+
+def _license_link(link: str | None, base: dict[str, Any], files: dict[str, str]) -> str | None:
+    """The base's link, where it leads somewhere from here: to the web, to a file that came along, or to the base."""
+    if link is None or link.startswith(("https://", "http://")) or link in files:
+        return link
+    if "repo_id" not in base:
+        return None
+    return f"https://huggingface.co/{base['repo_id']}/blob/{base['revision']}/{link.removeprefix('./')}"
 
 
 def _results_table(results: list[dict[str, Any]]) -> str:
@@ -102,20 +193,34 @@ def _results_table(results: list[dict[str, Any]]) -> str:
 
 def model_card(
     config: dict[str, Any],
+    checked: Any,
     provenance: dict[str, Any],
-    num_tokens: int,
-    license_name: str | None,
+    stated: BaseCard,
     results: list[dict[str, Any]],
 ) -> str:
+    """The card of a built folder.
+
+    Args:
+        config: what config.json holds.
+        checked: the same as a RecoverableLlavaConfig.
+        stated: what the base's card states.
+        results: measured results, with the command of each.
+    """
     from huggingface_hub import ModelCardData
 
     base, clip = provenance["base"], provenance["clip"]
+    num_tokens = checked.num_patches + checked.num_class_tokens
+    stated = replace(stated, license_link=_license_link(stated.license_link, base, provenance["files"]))
+    # Without a known base, CLIP alone would look like what all of this was made from.
+    made_from = [base["repo_id"]] if "repo_id" in base else [*stated.base_model]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=[source["repo_id"] for source in (base, clip) if "repo_id" in source] or None,
+        base_model=[*made_from, *([clip["repo_id"]] if "repo_id" in clip else [])] if made_from else None,
         base_model_relation="merge" if "repo_id" in base and "repo_id" in clip else None,
-        license=license_name,
+        license=stated.license,
+        license_name=stated.license_name,
+        license_link=stated.license_link,
         tags=["custom_code", "llava", "visual-token-compression", "recoverable-compression"],
     )
     settings = "\n".join(f"| `{name}` | `{json.dumps(config[name])}` |" for name in sorted(provenance["recovery"]))
@@ -125,29 +230,32 @@ def model_card(
         if provenance["vision_tower_differs"]
         else ""
     )
-    license_line = (
-        f"The weights keep the license of the base model: `{license_name}`."
-        if license_name
-        else "The base model states no license; ask its authors before you use or pass on the weights."
+    switched_off = (
+        ""
+        if config["compress"]
+        else "\n**As published, compression is switched off**: `model.config.compress = True` switches it on.\n"
     )
+    stock = base.get("repo_id", "path/to/the/base")
+    question_length = checked.question_config.max_position_embeddings - 2  # without those for start and end
     return f"""---
 {metadata.to_yaml()}
 ---
 
 # {_title(base)} with recoverable visual token compression
 
-The weights of {_named(base)}, unchanged, plus a step between vision tower and language model that drops most visual
-tokens: it keeps what the vision tower attends to, **recovers what the question asks about**, and merges the rest. No
-training is involved (Chen et al., [arXiv 2409.01179](https://arxiv.org/abs/2409.01179)). {_selection(config)}Relevance
-to the question comes from the text tower of {_named(clip)}.
-
+The weights of {_named(base, stated)}, unchanged, plus a step between vision tower and language model that drops visual
+tokens: {_what_it_keeps(config)}. {_whose_selection(config)} Relevance to the question comes from the text tower of
+{_named(clip)}.
+{switched_off}
 ## Use it
 
 In a script that runs LLaVA, change these lines; the rest stays:
 
 ```diff
--model = LlavaForConditionalGeneration.from_pretrained("{base.get("repo_id", base.get("folder"))}")
--processor = LlavaProcessor.from_pretrained("{base.get("repo_id", base.get("folder"))}")
+-from transformers import LlavaForConditionalGeneration, LlavaProcessor
++from transformers import AutoModelForImageTextToText, AutoProcessor
+-model = LlavaForConditionalGeneration.from_pretrained("{stock}")
+-processor = LlavaProcessor.from_pretrained("{stock}")
 +model = AutoModelForImageTextToText.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
 +processor = AutoProcessor.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
 ```
@@ -187,14 +295,15 @@ The question is the text of the last user message; `processor(..., questions=[..
 
 ## What you save
 
-{_savings(config, num_tokens)}
+{_how_many(config, num_tokens)} Prompt processing and the key-value cache shrink with the number; the
+vision tower's work stays the same, plus one small text tower.
 
 ## Change it or switch it off
 
 ```python
 print(model.recover_tokens(**inputs).selection.num_tokens)  # how many visual tokens stay, per image
-{_fewer_tokens(config)}
-model.config.compress = False  # stock LLaVA, bit for bit
+{_fewer_tokens(config, 1 + checked.num_class_tokens)}
+{_switch_off(config)}
 ```
 
 | setting | value here |
@@ -210,8 +319,9 @@ model.config.compress = False  # stock LLaVA, bit for bit
 
 ## Limits
 
-- Answers about small or crowded detail can get worse: most visual tokens are gone. Compare with `compress = False`.
-- Only the question guides the recovery: its first 77 text tokens, in the language that the CLIP text tower knows.
+- Answers about small or crowded detail can get worse, as visual tokens are gone. Compare with compression off.
+- Of the text, only the question guides the recovery: its first {question_length} CLIP tokens, in the language that the
+  CLIP text tower knows.
 - Continuous batching (`generate_batch`) of transformers has no image path.
 - What the base model gets wrong, this one gets wrong too: biases and hallucinations carry over.{tower}
 
@@ -219,11 +329,13 @@ model.config.compress = False  # stock LLaVA, bit for bit
 
 `trust_remote_code=True` runs the Python files that [trust_remote_code.md](trust_remote_code.md) lists with their
 SHA-256, and nothing else. Weights are safetensors. Pin a commit with `revision="<commit>"`: code and weights are in one
-repository. [provenance.json](provenance.json) names where every weight comes from, with hashes.
+repository. [provenance.json](provenance.json) names where the weights come from, and the SHA-256 of every file but this
+card.
 
 ## License
 
-{license_line} The Python files are Apache-2.0.
+{_license(stated)} The question's text tower keeps the license of {_named(clip)}. The Python files are
+Apache-2.0.
 
 ## Citation
 

@@ -1,4 +1,5 @@
-"""The Python files that the Hub executes: which they are, and the page that names them with their hashes.
+"""The Python files that the Hub executes: which they are, the page that names them with their hashes, and every other
+way in which a repository could make transformers run code.
 
 The Hub loads remote code from one flat folder and follows `from .sibling import name`; the list is found the same way,
 from the files that `auto_map` points to, so that it cannot miss a file or carry one that is not executed.
@@ -9,16 +10,36 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hub_upload.checkpoint import file_sha256
 
 
 PAGE = "trust_remote_code.md"
-HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *](\S+\.py)$", flags=re.MULTILINE)
+HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *]([\w.-]+\.py)$", flags=re.MULTILINE)
 
 
+CONFIGURATION = "configuration_recoverable_llava.py"
 SETTINGS = "recovery_settings.py"
+
+# Entries of a configuration, at any depth, that make transformers run code of a repository: classes, pipelines, a
+# generation loop; and one that has another file read in place of config.json.
+NAMES_CODE = {"auto_map", "custom_pipelines", "custom_generate", "configuration_files"}
+# These name a compiled kernel on the Hub when they hold an "owner/name".
+NAMES_KERNEL = {
+    f"{prefix}{kind}_implementation{suffix}"
+    for kind in ("attn", "experts")
+    for prefix, suffix in (("", ""), ("_", ""), ("_", "_internal"))
+}
+# Read by from_pretrained before, or in place of, what a build writes: weights of another model, the base model that an
+# adapter names, and a generation loop.
+LOADED_INSTEAD = ("model.safetensors", "adapter_config.json", "custom_generate/*")
+# Where from_pretrained looks for configurations.
+CONFIGURATION_FOLDERS = ("", "question_tokenizer")
 
 
 def package_folder() -> Path:
@@ -31,28 +52,87 @@ def package_folder() -> Path:
     return Path(specification.origin).parent
 
 
+@cache
+def _parsed(name: str) -> ast.Module:
+    return ast.parse((package_folder() / name).read_text(encoding="utf-8"))
+
+
 def configuration_fields() -> dict[str, type]:
     """Every recovery setting and its type, read from the source: no second list to keep."""
-    source = ast.parse((package_folder() / SETTINGS).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in _parsed(SETTINGS).body if isinstance(node, ast.ClassDef)}
     kinds = {"bool": bool, "int": int, "float": float, "str": str}
     annotated = [node for node in classes["RecoverySettingsMixin"].body if isinstance(node, ast.AnnAssign)]
     types = {ast.unparse(node.target): ast.unparse(node.annotation).split(" | ")[0] for node in annotated}
     return {name: kinds[kind] for name, kind in types.items()}
 
 
+@cache
+def package_auto_map() -> dict[str, str]:
+    """AUTO_MAP of the configuration, read from the source, as importing it takes torch."""
+    for node in _parsed(CONFIGURATION).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AUTO_MAP":
+            return dict(ast.literal_eval(node.value))
+    raise ImportError(f"{CONFIGURATION} holds no AUTO_MAP")
+
+
+# -------------------------------------------------------------------------------------- code that is not the package's
+
+
+def is_configuration(path: str) -> bool:
+    """Whether from_pretrained would read the file at this path of a repository for settings."""
+    folder, _, name = path.rpartition("/")
+    return folder in CONFIGURATION_FOLDERS and fnmatch(name, "*config*.json") and not name.endswith(".index.json")
+
+
+def without_code(settings: Any) -> Any:
+    """A copy of a configuration without the entries that make transformers run code."""
+    if isinstance(settings, list):
+        return [without_code(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {name: without_code(value) for name, value in settings.items() if name not in NAMES_CODE | NAMES_KERNEL}
+
+
+def foreign_code(settings: Any) -> list[str]:
+    """The entries of a configuration that would run other code than the package's, as `name=value`."""
+    if isinstance(settings, list):
+        return [entry for value in settings for entry in foreign_code(value)]
+    if not isinstance(settings, dict):
+        return []
+    found = []
+    for name, value in settings.items():
+        if name == "auto_map":
+            classes = value if isinstance(value, dict) else {name: value}
+            found += [f"{key}={where}" for key, where in classes.items() if package_auto_map().get(key) != where]
+        elif (name in NAMES_CODE and value) or (name in NAMES_KERNEL and "/" in str(value)):
+            found.append(f"{name}={value}")
+        else:
+            found += foreign_code(value)
+    return found
+
+
+def loaded_instead(paths: Iterable[str]) -> list[str]:
+    """Those of the files in a repository that from_pretrained reads before, or in place of, what a build writes."""
+    return sorted(path for path in paths if any(fnmatch(path, pattern) for pattern in LOADED_INSTEAD))
+
+
+# --------------------------------------------------------------------------------------------- the package's own files
+
+
 def executed_files(folder: Path) -> list[str]:
     """Names of the files that `auto_map` and their sibling imports reach in `folder`."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    from recoverable_llava.configuration_recoverable_llava import AUTO_MAP
-
     files: set[str] = set()
-    for module in {reference.split(".")[0] for reference in AUTO_MAP.values()}:
+    for module in {reference.split(".")[0] for reference in package_auto_map().values()}:
         entry = folder / f"{module}.py"
-        if not entry.is_file():
-            raise ValueError(f"{entry} is missing: auto_map names it. Build the folder again")
-        files |= {entry.name, *(Path(path).name for path in get_relative_import_files(entry))}
+        try:
+            reached = [entry, *map(Path, get_relative_import_files(entry))]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{entry} or a file that it imports cannot be read ({error}): auto_map names it. Build the folder again"
+            ) from None
+        files |= {path.name for path in reached}
     return sorted(files)
 
 
@@ -102,4 +182,5 @@ one revision pins both.
 
 
 def listed_hashes(page: str) -> dict[str, str]:
+    """SHA-256 by name, as the page lists them."""
     return {name: digest for digest, name in HASH_LINE.findall(page)}

@@ -1,5 +1,5 @@
 """Is a built folder or a published repository what it says it is? Files, loading, an answer, and the stock base's
-logits."""
+logits; what `inspection` finds wrong is never loaded."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub_upload.build import CONFIG, EXTRA_SHARD, GENERATION_CONFIG, RECOVERY_SETTINGS
-from hub_upload.checkpoint import INDEX, PICKLED_WEIGHTS, files_sha256, read_checkpoint, read_json, write_json
-from hub_upload.publish import PROVENANCE, fetch_repository, redact
-from hub_upload.remote_code import PAGE, executed_files, listed_hashes
+from hub_upload.build import EXTRA_SHARD, GENERATION_CONFIG, RECOVERY_SETTINGS
+from hub_upload.checkpoint import INDEX, read_json, write_json
+from hub_upload.hub import fetch_repository, redact
+from hub_upload.inspection import CONFIG, Check, changed_code, inspect_files, read_listed_hashes
 
 
 DEFAULT_QUESTION = "What is shown in the picture?"
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify(
@@ -36,6 +28,7 @@ def verify(
     image: str | Path | None = None,
     device: str | None = None,
     max_new_tokens: int = 16,
+    trust_remote_code: bool = False,
     token: str | None = None,
 ) -> list[Check]:
     """Checks `target`, a built folder or a repo id; the model itself is loaded in a fresh process, as a user would.
@@ -43,6 +36,7 @@ def verify(
     Args:
         question, image: asked of the model; a gradient stands in for a missing image.
         device: where to run, such as "cuda:0"; default a GPU if there is one.
+        trust_remote_code: run the repository's code even if it is not that of the installed package.
     """
     folder, commit = Path(target).expanduser(), None
     is_folder = folder.is_dir()
@@ -54,15 +48,17 @@ def verify(
         raise ValueError(f"image={str(image)!r} does not exist: pass a picture file")
     if not is_folder:
         folder, commit = fetch_repository(str(target), revision, token)
-    for name in (PROVENANCE, PAGE):
-        if not (folder / name).is_file():
-            raise ValueError(f"target={str(target)!r} has no {name}: it was not built by `python -m hub_upload build`")
+    listed = read_listed_hashes(folder)
     try:
-        checks = check_files(folder)
+        checks = inspect_files(folder, is_published=not is_folder)
     except ValueError as error:
         return [Check("files can be read", False, str(error))]
     if not all(check.passed for check in checks):
-        return [*checks, Check("loads", False, "not tried: damaged or changed files are not executed")]
+        return [*checks, Check("loads", False, "not tried: damaged, changed or foreign files are not executed")]
+    unknown = changed_code(folder)
+    if unknown and not trust_remote_code:
+        asked = f"not tried: {', '.join(unknown)} differ from the installed package. Read them, then pass "
+        return [*checks, Check("loads", False, asked + "trust_remote_code=True (--trust-remote-code) to run them")]
     report = run_fresh_process(
         {
             "target": str(folder.resolve()) if is_folder else str(target),
@@ -75,37 +71,7 @@ def verify(
         folder,
         token,
     )
-    return checks + check_report(report, listed_hashes((folder / PAGE).read_text(encoding="utf-8")))
-
-
-def check_files(folder: Path) -> list[Check]:
-    from recoverable_llava.configuration_recoverable_llava import AUTO_MAP
-
-    provenance = read_json(folder / PROVENANCE)
-    listed = listed_hashes((folder / PAGE).read_text(encoding="utf-8"))
-    on_disk = files_sha256(folder, [name for name in listed if (folder / name).is_file()], "Hashing code")
-    executed = executed_files(folder)
-    wrong = sorted(
-        name for name in {*listed, *executed} if listed.get(name) is None or listed[name] != on_disk.get(name)
-    )
-    wrong += sorted(path.name for path in folder.glob("*.py") if path.name not in listed)
-    weights = [name for name in provenance["files"] if name not in listed]
-    absent = [name for name in weights if not (folder / name).is_file()]
-    actual = files_sha256(folder, [name for name in weights if name not in absent], "Hashing weights")
-    changed = sorted(name for name in weights if actual.get(name) != provenance["files"][name])
-    pickled = sorted(path.name for pattern in PICKLED_WEIGHTS for path in folder.rglob(pattern))
-    checkpoint = read_checkpoint(folder)
-    auto_map = read_json(folder / CONFIG).get("auto_map", {})
-    processor_map = read_json(folder / "processor_config.json").get("auto_map", {})
-    unmapped = sorted(name for name, where in AUTO_MAP.items() if {**processor_map, **auto_map}.get(name) != where)
-    unmapped += [] if "AutoProcessor" in processor_map else ["AutoProcessor in processor_config.json"]
-    return [
-        Check("code equals trust_remote_code.md", not wrong, ", ".join(wrong) or f"{len(listed)} files"),
-        Check("weights equal provenance.json", not changed, ", ".join(changed) or f"{len(weights)} files"),
-        Check("index and shards agree", True, f"{len(checkpoint.tensors)} tensors"),
-        Check("no pickles", not pickled, ", ".join(pickled) or "safetensors only"),
-        Check("auto_map is complete", not unmapped, ", ".join(unmapped) or f"{len(AUTO_MAP)} classes"),
-    ]
+    return checks + check_report(report, listed)
 
 
 def check_report(report: dict[str, Any], listed: dict[str, str]) -> list[Check]:
@@ -172,10 +138,3 @@ def run_fresh_process(request: dict[str, Any], folder: Path, token: str | None) 
             ending = redact(run.stderr, token).strip().splitlines()[-3:]
             return {"error": f"the process ended with status {run.returncode}: {' '.join(ending)}"}
         return dict(json.loads(redact(report.read_text(encoding="utf-8"), token)))
-
-
-def table(checks: list[Check]) -> str:
-    width = max(len(check.name) for check in checks)
-    rows = [f"{check.name:<{width}}  {'ok    ' if check.passed else 'FAILED'}  {check.detail}" for check in checks]
-    failed = sum(not check.passed for check in checks)
-    return "\n".join([*rows, f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"])

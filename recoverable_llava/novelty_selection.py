@@ -61,19 +61,21 @@ def contrast(
     valid: torch.Tensor | None,
     around: Callable[[torch.Tensor], torch.Tensor] | None,
     text_reach: float,
+    attention_power: float = ATTENTION_POWER,
+    relevance_power: float = RELEVANCE_POWER,
 ) -> torch.Tensor:
     """[B, kinds, N] non-negative scores of which differences count.
 
-    attention_i = (a_i - min a) ** 0.5
-    own_i       = (r_i - min r) ** 1.5
+    attention_i = (a_i - min a) ** attention_power
+    own_i       = (r_i - min r) ** relevance_power
     relevance_i = max(own_i, text_reach * max of own around i) + 0.001 own_i
     """
     scores = scores - lowest(scores, valid)
     outside = None if valid is None else ~valid[:, None]
     scores = scores if outside is None else scores.masked_fill(outside, 0)
-    contrasted = scores[:, :1] ** ATTENTION_POWER
+    contrasted = scores[:, :1] ** attention_power
     if scores.shape[1] > 1:
-        text = scores[:, 1:] ** RELEVANCE_POWER
+        text = scores[:, 1:] ** relevance_power
         if around is not None:
             text = torch.maximum(text, text_reach * around(text)).add(text, alpha=OWN_RELEVANCE)
         contrasted = torch.cat([contrasted, text], dim=1)
@@ -104,10 +106,12 @@ def mean_distance(distance: torch.Tensor, valid: torch.Tensor | None) -> torch.T
     return (total / weight.sum(1).square().clamp(min=1)).clamp(min=SMALLEST)
 
 
-def importance(scores: torch.Tensor, distance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def importance(
+    scores: torch.Tensor, distance: torch.Tensor, mean: torch.Tensor, likeness_width: float = LIKENESS_WIDTH
+) -> torch.Tensor:
     """[B, kinds, N] each score times the root of what the patch's near copies score together.
 
-        likeness_ij  = exp(-distance_ij / (0.03 * mean))
+        likeness_ij  = exp(-distance_ij / (likeness_width * mean))
         importance_i = score_i * sqrt(sum_j likeness_ij * score_j)
 
     Args:
@@ -115,7 +119,7 @@ def importance(scores: torch.Tensor, distance: torch.Tensor, mean: torch.Tensor)
         distance: [B, N, N].
         mean: [B] its mean.
     """
-    likeness = torch.exp(distance / (-LIKENESS_WIDTH * mean)[:, None, None])
+    likeness = torch.exp(distance / (-likeness_width * mean)[:, None, None])
     return scores * (scores @ likeness).sqrt()
 
 
@@ -143,6 +147,9 @@ def select_by_novelty(
     min_visual_tokens: int = 1,
     max_visual_tokens: int | None = None,
     visual_token_budget: int | None = None,
+    contrast: Callable[..., torch.Tensor] = contrast,
+    importance: Callable[..., torch.Tensor] = importance,
+    novelty: Callable[..., torch.Tensor] = novelty,
 ) -> Selection:
     """As many patches as are novel enough (or the budget says), by importance times novelty.
 
@@ -160,6 +167,7 @@ def select_by_novelty(
         min_visual_tokens: at least this many patches stay (or all valid ones, if fewer).
         max_visual_tokens: upper bound of an image's tokens.
         visual_token_budget: exact number of an image's tokens. Every image must have at least as many valid patches.
+        contrast, importance, novelty: the three measures above; ablations put others in their places.
 
     Raises:
         ValueError: if shapes disagree, or a budget, a bound or the width of a row does not fit into N.

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import LlavaProcessor
 
+from .centre_crop import resize_what_is_seen
 from .question_processor import QuestionProcessorMixin
 
 
@@ -17,6 +18,10 @@ class RecoverableLlavaProcessor(QuestionProcessorMixin, LlavaProcessor):
         if self.visual_token_budget is not None:
             return self.image_token * self.visual_token_budget
         return super().replace_image_token(image_inputs, image_idx, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        """As stock, which would enlarge all of a long picture to crop its middle."""
+        return super()._process_images(resize_what_is_seen(images, self.image_processor, **kwargs), **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> Any:
         """As stock; engines such as vLLM ask this for the number of placeholders before an image is encoded."""

@@ -174,7 +174,7 @@ class QuestionProcessorMixin(ProcessorMixin):
             row if question.strip() else [0] * len(row) for row, question in zip(tokenized["attention_mask"], questions)
         ]
         rows = {"question_input_ids": tokenized["input_ids"], "question_attention_mask": mask}
-        return BatchFeature({_OwnInput(name): row for name, row in rows.items()}, tensor_type=return_tensors)
+        return BatchFeature(rows, tensor_type=return_tensors)
 
     def find_question(self, prompt: str) -> str:
         """The question within a raw prompt, which may also be one that was decoded from token ids; may be empty.
@@ -247,19 +247,6 @@ class QuestionProcessorMixin(ProcessorMixin):
         """Tokens around a turn, none of which is a word of the question."""
         names = ("bos_token", "eos_token", "pad_token")
         return [token for name in names if (token := getattr(self.tokenizer, name, None))]
-
-
-class _OwnInput(str):
-    """The name of an input that stock LLaVA does not know: where it refuses the input, the remedy stands beside it."""
-
-    def __repr__(self) -> str:
-        return (
-            f"{str(self)!r} (stock LLaVA cannot compress: load the model with AutoModelForImageTextToText."
-            "from_pretrained(repo, trust_remote_code=True))"
-        )
-
-    def __reduce__(self) -> tuple:
-        return str, (str(self),)
 
 
 def _chats(conversation: Any) -> list[Any]:

@@ -98,12 +98,13 @@ def descending(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
-def first(order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of the first `count` [B] patches in the order `order` [B, N] of indices."""
-    is_first = torch.arange(order.shape[1], device=order.device) < count[:, None]
-    return torch.empty_like(is_first).scatter_(1, order, is_first)
+def first(order: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """[B, N] mask of the first `count` ([B], or one for all) patches in the order `order` [B, N] of indices."""
+    count = count[:, None] if isinstance(count, torch.Tensor) else count
+    is_first = (torch.arange(order.shape[1], device=order.device) < count).expand_as(order)
+    return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, is_first)
 
 
-def highest(priority: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """[B, N] mask of the `count` [B] patches of highest priority [B, N]; the first of equal ones first."""
+def highest(priority: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """[B, N] mask of the `count` patches of highest priority [B, N]; the first of equal ones first."""
     return first(descending(priority), count)

@@ -98,9 +98,10 @@ def export_stock(model: TrainingModel, folder: Path) -> tuple[Path, Path]:
 
 def export_combined(llava: Path, clip: Path, folder: Path) -> None:
     """Writes the Hub repo folder: both halves combined by the package, its code, and the processor."""
+    from recoverable_llava.tools.asking import DRAWN_SCENES
     from recoverable_llava.tools.combine import combine
 
-    model, processor = combine(str(llava), str(clip))
+    model, processor = combine(str(llava), str(clip), picture_domain=DRAWN_SCENES)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
 

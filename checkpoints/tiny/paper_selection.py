@@ -15,6 +15,8 @@ copied to the host.
 B images, N patches; "kinds" are the three kinds of tokens: visual, text, merged.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .local_outlier_factor import local_outlier_factor
@@ -63,6 +65,7 @@ def select_by_outliers(
     min_visual_tokens: int = 1,
     max_visual_tokens: int | None = None,
     visual_token_budget: int | None = None,
+    number_of_outliers: Callable[..., torch.Tensor] = number_of_outliers,
 ) -> Selection:
     """Steps 1 to 3 of the paper: how many tokens each step is due, and which patches they are.
 
@@ -78,6 +81,7 @@ def select_by_outliers(
         max_visual_tokens: upper bound of an image's tokens; the three kinds shrink in proportion.
         visual_token_budget: exact number of an image's tokens, split among the kinds in proportion to what each asks
             for. Every image must have at least this many valid patches.
+        number_of_outliers: the count above; ablations put others in its place.
 
     Raises:
         ValueError: if shapes disagree, or a budget or a bound does not fit into N.

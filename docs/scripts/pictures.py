@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from recoverable_llava.tools.asking import ask, load, open_picture, user_turn
+from recoverable_llava.tools.asking import ask, load, user_turn
+from recoverable_llava.tools.pictures import open_picture
 from recoverable_llava.tools.visualize import draw_questions, draw_recovery, seen_square
 
 

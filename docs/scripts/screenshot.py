@@ -22,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1240,1500"
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1200"
 )
 
 
@@ -84,6 +84,14 @@ class AppPage:
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(question or Keys.DELETE)
 
+    def set_number(self, element_id: str, value: str) -> None:
+        box = self.driver.find_element(By.CSS_SELECTOR, f"#{element_id} input[type=number]")
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(value, Keys.TAB)
+
+    def pick_example(self, number: int) -> None:
+        self.driver.find_elements(By.CSS_SELECTOR, "#examples button")[number].click()
+
     def submit(self) -> None:
         self.driver.find_element(By.CSS_SELECTOR, "#question textarea").send_keys(Keys.ENTER)
 
@@ -96,6 +104,24 @@ class AppPage:
         """The text of the error messages on the page."""
         return " ".join(toast.text for toast in self.driver.find_elements(By.CSS_SELECTOR, ".toast-body"))
 
+    def resize(self, width: int) -> None:
+        """A window of this width, and high enough for the whole page."""
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        time.sleep(1)
+        height = self.driver.execute_script("return document.documentElement.scrollHeight")
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": height})
+
+    def save(self, path: Path) -> None:
+        time.sleep(3)  # animations
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.driver.save_screenshot(str(path))
+
+    def box(self, element_id: str) -> dict[str, float]:
+        """Where an element is: left, top, right and bottom, in pixels of the page."""
+        script = "const b = document.getElementById(arguments[0]).getBoundingClientRect(); return b.toJSON()"
+        return self.driver.execute_script(script, element_id)
+
     def close(self) -> None:
         self.driver.quit()
         self.profile.cleanup()
@@ -105,16 +131,11 @@ def main() -> None:
     with running_app() as address:
         page = AppPage(address)
         try:
-            page.upload(ROOT / "demo" / "scene.png")
             page.wait(page.overlay)
-            for number, question in enumerate(
-                ["What word is under the lemon?", "What color is the plate of the penguin?"]
-            ):
-                page.type_question(question)
-                page.submit()
-                page.wait(lambda expected=number: page.text("full").count("of 576") > expected)
-            time.sleep(3)  # animations
-            page.driver.save_screenshot(str(ROOT / "docs" / "pictures" / "app.png"))
+            page.pick_example(3)
+            page.wait(lambda: "Is the fish below the snake?" in page.text("full"))
+            page.resize(1280)
+            page.save(ROOT / "docs" / "pictures" / "app.png")
         finally:
             page.close()
 

@@ -169,8 +169,8 @@ class Meter:
 
     def __init__(self, model: Any) -> None:
         self.num_calls, self.num_images, self.num_tokens, self.seconds = 0, 0, 0, 0.0
-        model._select_tokens = self._timed(model._select_tokens, self._count)
-        model._assemble_tokens = self._timed(model._assemble_tokens, lambda assembly: None)
+        model.select = self._timed(model.select, self._count)
+        model.assemble = self._timed(model.assemble, lambda assembly: None)
 
     def facts(self) -> dict[str, float]:
         if not self.num_images:

@@ -4,19 +4,28 @@ Loads with the classes of this package, so no code of a checkpoint is ever run, 
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor
 
 from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
-from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration, Recovery
+from recoverable_llava.modeling_recoverable_llava import (
+    RecoverableLlavaForConditionalGeneration,
+    Recovery,
+    VisionFeatures,
+)
 from recoverable_llava.recovery_settings import PRESETS
+from recoverable_llava.tools.settings import configured
+
+
+# The value of `picture_domain` in the config of a checkpoint that knows no photos.
+DRAWN_SCENES = "drawn scenes"
 
 
 @dataclass(frozen=True)
@@ -30,23 +39,12 @@ class Answer:
     recovery: Recovery | None  # None without compression
 
 
-def load(
-    repo: str, device: str | None = None, dtype: str | None = None
-) -> tuple[RecoverableLlavaForConditionalGeneration, Any]:
-    """Model and processor of a folder or Hub repo, in evaluation mode.
-
-    Args:
-        repo: folder or repo id.
-        device: such as "cpu" or "cuda:0"; by default a GPU if there is one.
-        dtype: such as "bfloat16"; by default the checkpoint's own on a GPU, and float32, its fastest, on a CPU.
+def read_config(repo: str) -> RecoverableLlavaConfig:
+    """The config of a folder or Hub repo.
 
     Raises:
-        ValueError: naming what is wrong with `repo` or `device`, and what to do.
+        ValueError: naming what is wrong with `repo`, and what to do.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but there is no CUDA GPU here, or torch was built without CUDA: use cpu.")
     looks_like_path = Path(repo).is_absolute() or repo.startswith(".") or repo.count("/") != 1
     if looks_like_path and not Path(repo).is_dir():
         raise ValueError(
@@ -68,30 +66,46 @@ def load(
             f"{repo!r} is a {config.model_type!r} checkpoint without recoverable compression: build one from it with "
             "`recoverable-llava-upload build`, or name another."
         )
-    model = RecoverableLlavaForConditionalGeneration.from_pretrained(
-        repo, dtype=dtype or ("auto" if device.startswith("cuda") else "float32"), use_safetensors=True
-    )
+    return config
+
+
+def load(
+    repo: str, device: str | None = None, dtype: str | None = None
+) -> tuple[RecoverableLlavaForConditionalGeneration, Any]:
+    """Model and processor of a folder or Hub repo, in evaluation mode.
+
+    Args:
+        repo: folder or repo id.
+        device: such as "cpu" or "cuda:0"; by default a GPU if there is one.
+        dtype: such as "bfloat16"; by default the checkpoint's own on a GPU, and float32, its fastest, on a CPU.
+
+    Raises:
+        ValueError: naming what is wrong with `repo` or `device`, and what to do.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that torch knows: use cpu or cuda.") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but there is no CUDA GPU here, or torch was built without CUDA: use cpu.")
+    read_config(repo)
+    dtype = dtype or ("auto" if device.startswith("cuda") else "float32")
+    try:
+        model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo, dtype=dtype, use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {repo!r} are damaged ({error}): get the checkpoint again.") from error
     return model.to(device).eval(), AutoProcessor.from_pretrained(repo)
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB, turned as its camera says.
+def is_unfamiliar(config: RecoverableLlavaConfig, picture: Image.Image) -> bool:
+    """Whether the checkpoint was made for drawn scenes alone, and the picture is not of their size.
 
-    Raises:
-        ValueError: if there is no such file, or it is no picture that can be read to the end.
+    `training/` draws its scenes in the size of the vision tower, and writes `picture_domain` into the config.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {str(path)!r}: pass a picture (JPEG, PNG, WebP, …).")
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{str(path)!r} is no picture in a format that Pillow reads: convert it to JPEG or PNG."
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read to the end as a picture ({error}): save it again.") from error
+    size = config.vision_config.image_size
+    return getattr(config, "picture_domain", None) == DRAWN_SCENES and picture.size != (size, size)
 
 
 def user_turn(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def ask(
     inputs = _inputs(model, processor, messages)
     per_image = model.config.num_patches + model.config.num_class_tokens
     num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-    with settings(model, **config_settings):
+    with configured(model.config, **config_settings):
         recovery = model.recover_tokens(**inputs) if model.config.compress and num_images else None
         started = time.perf_counter()
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -140,11 +154,25 @@ def recover(
     model: RecoverableLlavaForConditionalGeneration,
     processor: Any,
     messages: Sequence[dict[str, Any]],
+    *,
+    vision_features: VisionFeatures | None = None,
     **config_settings: Any,
-) -> Recovery:
-    """What compression would keep for a conversation's last question, without running the language model."""
-    with settings(model, **config_settings):
-        return model.recover_tokens(**_inputs(model, processor, messages))
+) -> tuple[Recovery, VisionFeatures]:
+    """What compression would keep for a conversation's last question, without running the language model.
+
+    Args:
+        vision_features: what an earlier call with the same picture and the same `text_relevance` returned: the vision
+            tower, which takes nearly all of the time, does not run again then.
+
+    Returns:
+        The recovery, and the vision tower's features for the next call.
+    """
+    inputs = _inputs(model, processor, messages)
+    pixel_values = inputs.pop("pixel_values")
+    with configured(model.config, **config_settings):
+        if vision_features is None:
+            vision_features = model.get_vision_features(pixel_values)
+        return model.recover_tokens(**inputs, vision_features=vision_features), vision_features
 
 
 def _inputs(model: Any, processor: Any, messages: Sequence[dict[str, Any]]) -> Any:
@@ -166,32 +194,31 @@ def recovery_settings(
         preset: a name in `PRESETS`.
         threshold: what a patch must exceed to count, in either preset: higher keeps fewer tokens.
         budget: exactly so many tokens.
+
+    Raises:
+        ValueError: if a threshold is given beside a budget that leaves it nothing to decide.
     """
     fields: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
     if threshold is not None:
-        by_novelty = fields.get("selection", config.selection) == "novelty"
-        fields["novelty_threshold" if by_novelty else "lof_threshold"] = threshold
+        own = config.visual_token_budget if budget is None else budget
+        if not uses_threshold(config, preset, own):
+            raise ValueError(
+                f"threshold={threshold} decides nothing where the budget is {own}: leave the threshold out."
+            )
+        fields[threshold_field(config, preset)] = threshold
     if budget is not None:
         fields["visual_token_budget"] = budget
     return fields
 
 
-@contextmanager
-def settings(model: RecoverableLlavaForConditionalGeneration, **config_settings: Any) -> Iterator[None]:
-    """Fields of the model's config changed for a while.
+def threshold_field(config: RecoverableLlavaConfig, preset: str | None = None) -> str:
+    """The field of the config that is a preset's threshold."""
+    selection = PRESETS[preset]["selection"] if preset else config.selection
+    return "novelty_threshold" if selection == "novelty" else "lof_threshold"
 
-    Raises:
-        ValueError: if the config has no such field, or its value is not allowed.
+
+def uses_threshold(config: RecoverableLlavaConfig, preset: str | None = None, budget: int | None = None) -> bool:
+    """Whether the threshold decides anything: under a budget, the default takes the most novel patches whatever it is,
+    while the paper's selection shares the budget among the kinds of tokens as many as the threshold counts of each.
     """
-    for name in config_settings:
-        if not hasattr(model.config, name):
-            raise ValueError(f"The config has no field {name!r}; see RecoverableLlavaConfig.")
-    before = {name: getattr(model.config, name) for name in config_settings}
-    try:
-        for name, value in config_settings.items():
-            setattr(model.config, name, value)
-        model.config.validate_recovery()
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)
+    return budget is None or threshold_field(config, preset) == "lof_threshold"

@@ -4,6 +4,7 @@ Loads both into memory, through their stock classes. For full-size checkpoints `
 by shard.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def combine(
     question_config = clip_model.config.text_config
     question_config.projection_dim = clip_model.config.projection_dim
     settings = stock.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+    for name in ("model_type", "architectures", "auto_map", "custom_pipelines", "transformers_version"):
         settings.pop(name, None)
     config = RecoverableLlavaConfig(**settings, question_config=question_config.to_dict(), **recovery_settings)
     model = RecoverableLlavaForConditionalGeneration._from_config(config, dtype=stock.dtype)
@@ -53,22 +54,63 @@ def combine(
     model.load_state_dict(weights, strict=True)
     model.generation_config = stock.generation_config
     model.eval()
+    return model, combine_processors(llava, clip, config)
 
-    stock_processor = LlavaProcessor.from_pretrained(llava)
+
+def combine_processors(
+    llava: str | Path, clip: str | Path, config: RecoverableLlavaConfig, chat_template: str | None = None
+) -> RecoverableLlavaProcessor:
+    """LLaVA's image processor and tokenizer, and CLIP's tokenizer for the question, for the model of `config`.
+
+    Args:
+        llava: folder or repo id of a stock LLaVA's processor.
+        clip: folder or repo id of CLIP's tokenizer.
+        config: of the combined model.
+        chat_template: Jinja text in place of the checkpoint's own.
+
+    Raises:
+        ValueError: if patches, vocabulary or the end of a question are not those of `config`.
+    """
+    stock = LlavaProcessor.from_pretrained(llava)
+    patch_size = config.vision_config.patch_size
+    if stock.patch_size not in (None, patch_size):
+        raise ValueError(
+            f"LLaVA's processor has patch_size={stock.patch_size}, its vision tower {patch_size}: take both from the "
+            "same checkpoint."
+        )
     question_tokenizer = AutoTokenizer.from_pretrained(clip)
-    question_tokenizer.model_max_length = question_config.max_position_embeddings
-    processor = RecoverableLlavaProcessor(
-        image_processor=stock_processor.image_processor,
-        tokenizer=stock_processor.tokenizer,
+    vocab_size = config.question_config.vocab_size
+    if len(question_tokenizer) > vocab_size:
+        raise ValueError(
+            f"CLIP's tokenizer has {len(question_tokenizer)} entries, its text tower {vocab_size}: take both from the "
+            "same checkpoint."
+        )
+    # 2 is what CLIP's first configurations say; the tower then takes the highest token, which ends the question.
+    end, expected = question_tokenizer.eos_token_id, config.question_config.eos_token_id
+    if expected not in (2, end):
+        raise ValueError(
+            f"CLIP's tokenizer ends a question with token {end}, the text tower looks for {expected} and would read "
+            "the wrong place: take both from the same checkpoint."
+        )
+    question_tokenizer.model_max_length = config.question_config.max_position_embeddings
+    # All classes here are transformers' own; what is saved must not name those of another repository.
+    for tokenizer in (stock.tokenizer, question_tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
+    for part in (stock.image_processor, stock.tokenizer, question_tokenizer):
+        for name in ("auto_map", "_auto_map"):
+            vars(part).pop(name, None)
+    return RecoverableLlavaProcessor(
+        image_processor=stock.image_processor,
+        tokenizer=stock.tokenizer,
         question_tokenizer=question_tokenizer,
-        patch_size=stock_processor.patch_size or stock.config.vision_config.patch_size,
-        vision_feature_select_strategy=stock.config.vision_feature_select_strategy,
-        chat_template=stock_processor.chat_template,
-        image_token=stock_processor.image_token,
-        num_additional_image_tokens=stock_processor.num_additional_image_tokens,
+        patch_size=patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=chat_template or stock.chat_template or stock.tokenizer.chat_template,
+        image_token=stock.image_token,
+        # Written before version 4.46, a processor does not know of the class token, which CLIP always has.
+        num_additional_image_tokens=stock.num_additional_image_tokens or 1,
         visual_token_budget=config.visual_token_budget,
     )
-    return model, processor
 
 
 def _load_completely(model_class: Any, checkpoint: str, dtype: str | torch.dtype) -> Any:

@@ -5,17 +5,17 @@ said in one line; 130 interrupted.
 """
 
 import argparse
-import json
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from .pictures import picture_suffixes
 
 
 EMBEDDED_CHECKPOINT = "checkpoints/tiny"
-PICTURE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         metavar="JSONL",
         default="answers.jsonl",
-        help="one line per picture; pictures that it has already are left out, so that a stopped run goes on "
-        "(default: %(default)s)",
+        help="one line per picture; pictures that it has already, made by the same model with the same options, are "
+        "left out, so that a stopped run goes on (default: %(default)s)",
     )
     many.set_defaults(run=_batch)
     return parser
@@ -78,43 +78,68 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _config_settings(arguments: argparse.Namespace, config: Any) -> dict[str, Any]:
-    from .asking import recovery_settings
-
-    if arguments.no_compress:
-        return {"compress": False}
-    return recovery_settings(config, arguments.preset, arguments.threshold, arguments.budget)
-
-
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from .asking import load
+def _settings(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The checkpoint's config, and the fields of it that the arguments change, tried before any weight is loaded."""
+    from .asking import read_config, recovery_settings
+    from .settings import configured
 
     if arguments.model == EMBEDDED_CHECKPOINT and not Path(EMBEDDED_CHECKPOINT).is_dir():
         raise ValueError(
             f"There is no folder {EMBEDDED_CHECKPOINT!r} here: run this in a clone of recoverable-llava, or name a "
             "folder or Hub repo with --model."
         )
-    return load(arguments.model, arguments.device, arguments.dtype)
+    config = read_config(arguments.model)
+    if arguments.no_compress:
+        if arguments.preset or arguments.threshold is not None:
+            raise ValueError(
+                "--no-compress keeps every token, and --preset and --threshold choose some: leave one out."
+            )
+        return config, {"compress": False}
+    settings = recovery_settings(config, arguments.preset, arguments.threshold, arguments.budget)
+    with configured(config, **settings):
+        return config, settings
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise ValueError("QUESTION is empty: ask something.")
+
+
+def _warn_of_photos(model: str, picture: str | Path) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(
+        f"recoverable-llava: {model} knows drawn scenes only, such as demo/scene.png, and {str(picture)!r} is none: "
+        "its answer means nothing. For photos, build a compressed LLaVA-1.5 (docs/publishing.md) and name it with "
+        "--model.",
+        file=sys.stderr,
+    )
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from .asking import ask, open_picture, user_turn
+    from .asking import ask, is_unfamiliar, load, user_turn
+    from .pictures import open_picture
     from .visualize import draw_recovery
 
-    if not arguments.question.strip():
-        raise ValueError("QUESTION is empty: ask something.")
-    if arguments.overlay and arguments.no_compress:
-        raise ValueError("--overlay draws what compression keeps, and --no-compress keeps everything: leave one out.")
-    if arguments.overlay and Path(arguments.overlay).suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"--overlay is {arguments.overlay!r}: give it a picture's name, such as kept.png.")
+    _check_question(arguments.question)
+    overlay = Path(arguments.overlay) if arguments.overlay else None
+    if overlay is not None:
+        if arguments.no_compress:
+            raise ValueError(
+                "--overlay draws what compression keeps, and --no-compress keeps everything: leave one out."
+            )
+        _check_overlay(overlay)
     picture = open_picture(arguments.image)
-    model, processor = _load(arguments)
+    config, settings = _settings(arguments)
+    if is_unfamiliar(config, picture):
+        _warn_of_photos(arguments.model, arguments.image)
+    model, processor = load(arguments.model, arguments.device, arguments.dtype)
     answer = ask(
         model,
         processor,
         [user_turn(arguments.question, picture)],
         max_new_tokens=arguments.max_new_tokens,
-        **_config_settings(arguments, model.config),
+        **settings,
     )
     print(answer.text)
     share = 100 * answer.num_tokens / answer.num_uncompressed
@@ -122,79 +147,86 @@ def _ask(arguments: argparse.Namespace) -> int:
         f"{answer.num_tokens} of {answer.num_uncompressed} visual tokens ({share:.0f} %), {answer.seconds:.2f} s",
         file=sys.stderr,
     )
-    if arguments.overlay:
-        draw_recovery(picture, answer.recovery).save(arguments.overlay)
-        print(f"Drew {arguments.overlay}", file=sys.stderr)
+    if overlay is not None:
+        try:
+            draw_recovery(picture, answer.recovery).save(overlay)
+        except OSError as error:  # such as a full disk; it does not name the file
+            raise ValueError(f"--overlay {str(overlay)!r} cannot be written: {error.strerror or error}.") from error
+        print(f"Drew {overlay}", file=sys.stderr)
     return 0
+
+
+def _check_overlay(path: Path) -> None:
+    """Before anything is computed."""
+    if path.suffix.lower() not in picture_suffixes():
+        raise ValueError(f"--overlay is {str(path)!r}: give it a picture's name, such as kept.png.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--overlay {str(path)!r} is no file: name another.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--overlay {str(path)!r}: there is no folder {str(path.parent)!r}.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--overlay {str(path)!r} cannot be written: it, or its folder, is not yours to write to.")
 
 
 def _batch(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .asking import ask, open_picture, user_turn
+    from .answers_file import AnswersFile
+    from .asking import ask, is_unfamiliar, load, user_turn
+    from .pictures import open_picture
 
+    _check_question(arguments.question)
     folder, output = Path(arguments.folder), Path(arguments.output)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}: pass a folder with pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    if not paths:
+    suffixes = picture_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    pictures = {path.relative_to(folder).as_posix(): path for path in files}
+    if not pictures:
         raise ValueError(f"The folder {str(folder)!r} has no pictures (files ending in .jpg, .png, .webp, …).")
-    done = _answered(output, arguments.question)
-    rest = [path for path in paths if path.relative_to(folder).as_posix() not in done]
-    if not rest:
-        print(f"{output} has an answer for all {len(paths)} pictures.", file=sys.stderr)
-        return 0
-    model, processor = _load(arguments)
-    num_failed = 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as lines:
-        for path in tqdm(rest, initial=len(paths) - len(rest), total=len(paths), unit="picture"):
+    config, settings = _settings(arguments)
+    num_failed, warned = 0, False
+    with AnswersFile(output, arguments.question, _made_by(arguments)) as answers:
+        rest = {name: path for name, path in pictures.items() if not answers.has(name, path)}
+        if not rest:
+            print(f"{output} has an answer for all {len(pictures)} pictures.", file=sys.stderr)
+            return 0
+        num_before = len(answers)
+        model, processor = load(arguments.model, arguments.device, arguments.dtype)
+        progress = tqdm(rest.items(), initial=len(pictures) - len(rest), total=len(pictures), unit="picture")
+        for name, path in progress:
             try:
                 picture = open_picture(path)
             except ValueError as error:
                 num_failed += 1
                 tqdm.write(f"recoverable-llava: {error}", file=sys.stderr)
                 continue
-            answer = ask(
-                model,
-                processor,
-                [user_turn(arguments.question, picture)],
-                max_new_tokens=arguments.max_new_tokens,
-                **_config_settings(arguments, model.config),
+            if not warned and is_unfamiliar(config, picture):
+                _warn_of_photos(arguments.model, path)
+                warned = True
+            messages = [user_turn(arguments.question, picture)]
+            answer = ask(model, processor, messages, max_new_tokens=arguments.max_new_tokens, **settings)
+            answers.add(
+                name, path, answer=answer.text, visual_tokens=answer.num_tokens, seconds=round(answer.seconds, 3)
             )
-            line = {
-                "image": path.relative_to(folder).as_posix(),
-                "question": arguments.question,
-                "answer": answer.text,
-                "visual_tokens": answer.num_tokens,
-                "seconds": round(answer.seconds, 3),
-            }
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            lines.flush()
-    answered = f"{len(rest) - num_failed} answered, {len(done)} were answered before, {num_failed} unreadable"
+    answered = f"{len(rest) - num_failed} answered, {num_before} were answered before, {num_failed} unreadable"
     print(f"{output}: {answered}", file=sys.stderr)
     return 1 if num_failed else 0
 
 
-def _answered(output: Path, question: str) -> set[str]:
-    """Pictures that the file has an answer to this question for; a last line cut off by a stop is removed."""
-    if not output.is_file():
-        return set()
-    text = output.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    try:
-        lines = [json.loads(line) for line in complete.splitlines()]
-        done = {line["image"] for line in lines if line["question"] == question}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"--output {str(output)!r} was not written by this command: name another file.") from None
-    if complete != text:
-        output.write_text(complete, encoding="utf-8")
-    return done
+def _made_by(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that decides an answer besides picture and question."""
+    from .answers_file import checkpoint_version
+
+    names = ("preset", "threshold", "budget", "no_compress", "dtype", "max_new_tokens")
+    given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, False)}
+    return {"model": arguments.model, "version": checkpoint_version(arguments.model), **given}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parsed = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is said in a line of ours
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -6,13 +6,16 @@ Pages on publishing, evaluation and so on are tested beside what they are about.
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import LlavaConfig, dynamic_module_utils
 
 from recoverable_llava import RecoverableLlavaConfig
@@ -34,6 +37,8 @@ NOT_RUN = (
     'pip install -e ".[vllm]"',
     "vllm serve OWNER/NAME",
 )
+
+BUILT = "llava-1.5-7b-compressed"  # what README builds; here a tiny one stands for it
 
 
 def blocks(page, language):
@@ -61,17 +66,21 @@ def test_snippets_run_one_after_the_other(page, clone):
         exec(compile(block, str(page), "exec"), names)
 
 
-def test_the_swap_in_the_readme_runs(clone):
+def test_the_swap_in_the_readme_runs(clone, repo_folder):
+    (clone / BUILT).symlink_to(repo_folder)
     (diff,) = blocks(ROOT / "README.md", "diff")
     new = [line[1:] for line in diff.splitlines() if line.startswith("+")]
     old = [line[1:] for line in diff.splitlines() if line.startswith("-")]
     assert len(old) == len(new) == 2
+    assert all("llava-hf/llava-1.5-7b-hf" in line for line in old) and all(BUILT in line for line in new)
     exec("from transformers import AutoModelForImageTextToText, AutoProcessor\n" + "\n".join(new), {})
 
 
 @with_blocks("bash")
-def test_commands_are_those_that_exist(page, clone):
+def test_commands_are_those_that_exist(page, clone, repo_folder, pictures):
     """`recoverable-llava` is run here; scripts and modules have tests of their own, so here they must only be there."""
+    (clone / BUILT).symlink_to(repo_folder)
+    pictures[0].save(clone / "photo.jpg")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in "\n".join(blocks(page, "bash")).splitlines():
         for command in filter(None, line.split("#")[0].split("&&")):
@@ -90,6 +99,52 @@ def test_commands_are_those_that_exist(page, clone):
                 assert (ROOT / words[1]).is_file(), command
             else:
                 pytest.fail(f"{page.name} has a command that no test knows: {command}")
+
+
+def test_three_commands_to_a_llava_of_ones_own(tmp_path, llava_folder, clip_folder, pictures):
+    """README's build, verify and ask, as written but for the names of the two models."""
+    (road,) = (block for block in blocks(ROOT / "README.md", "bash") if "hub_upload build" in block)
+    commands = road.strip().splitlines()
+    assert len(commands) == 3
+    pictures[0].save(tmp_path / "photo.jpg")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in commands:
+        command = command.replace("llava-hf/llava-1.5-7b-hf", f"{llava_folder} --clip {clip_folder}")
+        command = command.replace(" --clip-revision refs/pr/N", "")
+        command = command.replace("recoverable-llava ask", "python -m recoverable_llava.tools.command_line ask")
+        words = [sys.executable, *shlex.split(command)[1:]]
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "kept.png").is_file() and "of 36 visual tokens" in result.stderr
+
+
+def test_newcomers_walk_from_an_empty_clone(tmp_path):
+    """README's first commands, in a copy of the tracked files alone; the environment is the one that runs this test."""
+    clone, environment = tmp_path / "clone", Path(sys.prefix)
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, tracked.stdout.split("\0")):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    (first,) = (block for block in blocks(ROOT / "README.md", "bash") if "git clone" in block)
+    lines = [line.split("#")[0].strip() for line in first.strip().splitlines()]
+    assert lines[1:] == ["make demo", "source .venv/bin/activate", "make app"]
+
+    (clone / ".venv").symlink_to(environment)
+    done = " ".join(f"-o .venv/{name}" for name in (".installed", ".installed-app"))  # installing needs the network
+
+    def bash(script):
+        command = ["bash", "-ec", script]
+        variables = {**os.environ, "PYTHONPATH": str(clone)}
+        return subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True, timeout=500)
+
+    demo = bash(f"make {done} demo")
+    assert demo.returncode == 0 and "RAIN" in demo.stdout, demo.stderr
+    assert (clone / "output" / "demo.png").is_file()
+    asked = bash('source .venv/bin/activate; recoverable-llava ask demo/scene.png "What word is under the lemon?"')
+    assert (asked.returncode, asked.stdout.strip()) == (0, "RAIN"), asked.stderr
+    assert "drawn scenes only" not in asked.stderr
+    app = bash(f"make -n {done} app")
+    assert app.returncode == 0 and "-m app" in app.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
@@ -124,6 +179,7 @@ def test_every_added_field_is_in_the_reference():
 
 def test_troubleshooting_quotes_real_messages():
     sources = [*(ROOT / "recoverable_llava").rglob("*.py"), Path(dynamic_module_utils.__file__)]
+    sources.append(Path(transformers.__file__).parent / "generation" / "utils.py")
     constants = []
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):

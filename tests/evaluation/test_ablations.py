@@ -5,15 +5,17 @@ from functools import partial
 import pytest
 import torch
 from random_evidence import PATCHES, make_evidence, row_of
-from recoverable_llava.token_recovery import assemble_tokens, gather_tokens, select_tokens
 
-from evaluation.ablations import ABLATIONS, distinct, recovery, to_more_important
+from evaluation.ablations import ABLATIONS, distinct, recovery
+from recoverable_llava.novelty_selection import novelty
+from recoverable_llava.paper_selection import select_by_outliers
+from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
 
 
 def test_with_the_papers_settings_it_is_the_package():
     evidence = make_evidence(0)
     scores = evidence.class_attention, evidence.relevance["value"]
-    selection = select_tokens(*scores)
+    selection = select_by_outliers(*scores)
     expected = assemble_tokens(
         selection,
         evidence.class_attention,
@@ -33,7 +35,7 @@ def test_variant_meets_its_budget_and_rows_are_independent(name, budget):
     evidence = make_evidence(7)
     rule = ABLATIONS[name]
     if name == "outliers: 40 neighbours":
-        rule = partial(rule, neighbors=30)
+        rule = partial(rule, visual_lof_neighbors=30, text_lof_neighbors=30)
     assembly = rule(evidence, budget)
     counts = assembly.token_mask.sum(1).tolist()
     if budget is not None:
@@ -49,11 +51,11 @@ def test_distance_to_more_important_equals_a_loop():
     points = torch.nn.functional.normalize(evidence.patches, dim=-1)
     distance = 1 - points @ points.transpose(1, 2)
     importance = evidence.class_attention
-    apart = to_more_important(importance, distance)
+    apart = novelty(importance, distance, None)
     for b in range(3):
         for i in range(PATCHES):
             better = [j for j in range(PATCHES) if importance[b, j] > importance[b, i]]
-            expected = min(distance[b, i, j] for j in better) if better else distance[b].max()
+            expected = min(distance[b, i, j] for j in better) if better else torch.tensor(2.0)
             torch.testing.assert_close(apart[b, i], expected)
 
 

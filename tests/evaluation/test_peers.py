@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from random_evidence import CHANNELS, JOINT, PATCHES, make_evidence, row_of
-from recoverable_llava.token_recovery import gather_tokens
 from sklearn.neighbors import LocalOutlierFactor
 
 from evaluation import peers
 from evaluation.evidence import Evidence
+from recoverable_llava.token_assembly import gather_tokens
 
 
 BUDGETS = [1, 7, 20, PATCHES]

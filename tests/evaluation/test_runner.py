@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from evaluation.__main__ import main
-from evaluation.compared_model import configured, gather_evidence
+from evaluation.compared_model import gather_evidence
 from evaluation.examples import Example, load_examples
 from evaluation.methods import METHODS, Method, find_methods
 from evaluation.report import ALL_TOKENS
 from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
 from recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava.tools.settings import configured
 
 
 # The tiny tower has 36 patches.
@@ -72,7 +73,7 @@ def test_the_question_that_guides_is_the_one_asked_for(setting):
     runs = [
         Run(ALL_TOKENS, METHODS[ALL_TOKENS], None),
         *(
-            Run(which, Method(settings={"diversity": False}, question=which), None)
+            Run(which, Method(settings={"selection": "paper"}, question=which), None)
             for which in ("own", "wrong", "none")
         ),
     ]

@@ -3,16 +3,46 @@
 import runpy
 import sys
 
+import pytest
 from PIL import Image
+from transformers import ImageTextToTextPipeline
 
 from demo.scene import ANSWERS
 
 
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["demo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("demo", run_name="__main__")
+    return end.value.code
+
+
 def test_demo_on_the_embedded_checkpoint(tmp_path, monkeypatch, capsys):
+    calls, call = [], ImageTextToTextPipeline.__call__
+
+    def recorded(self, *arguments, **options):
+        calls.append((self.model.config.compress, options["text"][0]["content"][0]["type"], "576 tokens" in printed()))
+        return call(self, *arguments, **options)
+
+    def printed():
+        parts.append(capsys.readouterr().out)
+        return "".join(parts)
+
+    parts = []
+    monkeypatch.setattr(ImageTextToTextPipeline, "__call__", recorded)
     output = tmp_path / "demo.png"
-    monkeypatch.setattr(sys, "argv", ["demo", "--output", str(output)])
-    runpy.run_module("demo", run_name="__main__")
-    out = capsys.readouterr().out
-    assert out.count("576 tokens") == len(ANSWERS)
-    assert "576 tokens     RAIN" in out
+    assert run(monkeypatch, "--output", output) == 0
+    assert printed().count("576 tokens") == len(ANSWERS)
+    assert "576 tokens     RAIN" in printed()
     assert Image.open(output).width > 1500
+    # Both kinds of answer were warmed up, with a picture, before any is timed.
+    assert [kind for _, kind, _ in calls[:4]] == ["image"] * 4
+    assert {compress for compress, _, _ in calls[:2]} == {compress for compress, _, _ in calls[2:4]} == {True, False}
+    assert not any(shown for _, _, shown in calls[:4])
+    assert len(calls) == 2 * len(ANSWERS) + 2
+
+
+def test_a_broken_picture_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.png").write_text("no picture")
+    assert run(monkeypatch, "--image", tmp_path / "broken.png") == 2
+    assert "broken.png' is no picture" in capsys.readouterr().err

@@ -46,6 +46,47 @@ def test_every_example_has_a_test():
     assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
 
 
+def refusal(name, monkeypatch, *arguments):
+    """What a script ends with instead of a traceback."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "ask_vllm_offline.py"}), ids=lambda path: path.stem
+)
+def test_each_says_what_it_needs(path, tmp_path, monkeypatch):
+    """Somewhere else than in a clone, without arguments."""
+    monkeypatch.chdir(tmp_path)
+    assert refusal(path.name, monkeypatch).startswith(("Usage: python", "Run this from the root of the repository"))
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("ask_a_server.py", "openai"),
+        ("ask_vllm.py", "openai"),
+        ("ask_vllm_offline.py", "vllm"),
+        ("fine_tune_lora.py", "peft"),
+        ("load_quantised.py", "bitsandbytes"),
+    ],
+)
+def test_each_says_which_package_it_needs(name, package, clone, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as on a machine that does not have it
+    message = refusal(name, monkeypatch)
+    assert message.startswith("This needs") and "pip install" in message
+
+
+def test_no_server(clone, monkeypatch):
+    pytest.importorskip("openai", reason='needs pip install "transformers[serving]"')
+    message = refusal("ask_a_server.py", monkeypatch, "checkpoints/tiny", "http://127.0.0.1:9/v1")
+    assert message.startswith("No server answers at http://127.0.0.1:9/v1")
+    message = refusal("ask_vllm.py", monkeypatch, "--server", "http://127.0.0.1:9/v1")
+    assert message.startswith("No server answers at http://127.0.0.1:9/v1")
+
+
 def test_swap_is_a_diff_of_two_lines(run, llava_folder, repo_folder):
     stock, swapped = (
         (EXAMPLES / name).read_text().splitlines()[1:] for name in ("stock_script.py", "swapped_script.py")
@@ -71,10 +112,15 @@ def test_batch_folder_goes_on_after_a_stop(run, clone, pictures):
     (clone / "answers.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]))
     run(*command)
     assert (clone / "answers.jsonl").read_text() == whole
+    (clone / "pictures" / "broken.png").write_text("no picture")
+    run(*command[:3], "another question?")
+    lines = (clone / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 20 and not any("broken" in line for line in lines)
 
 
-def test_streaming_chat(run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the cactus?\nand the whale?\n\n"))
+@pytest.mark.parametrize("end", ["\n", ""], ids=["empty line", "end of input"])
+def test_streaming_chat(run, monkeypatch, end):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the cactus?\nand the whale?\n" + end))
     _, result = run("streaming_chat.py")
     assert [message["role"] for message in result["messages"]] == ["user", "assistant"] * 2
 

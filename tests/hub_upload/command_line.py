@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,43 @@ def run_hub_upload(
         check=False,
         timeout=300,
     )
+
+
+WORKER = """
+import contextlib, io, json, sys
+from hub_upload.__main__ import main
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
+        status = main(json.loads(line))
+    print(json.dumps([status, output.getvalue()]), flush=True)
+"""
+
+
+class CommandWorker:
+    """Runs one command line after the other in one process, as starting one takes longer than most commands."""
+
+    def __init__(self, hub: LoopbackHub, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env={**hub.environment(folder / "home"), "PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> CommandWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+    def __call__(self, *arguments: object) -> tuple[int, str]:
+        """Status and output of `python -m hub_upload` with these arguments."""
+        self.process.stdin.write(json.dumps([*map(str, arguments)]) + "\n")
+        self.process.stdin.flush()
+        status, output = json.loads(self.process.stdout.readline())
+        return status, output

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from layouts import LAYOUTS, save_layout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from hub_upload.build import (
     recoverable_config,
 )
 from hub_upload.checkpoint import read_checkpoint, read_json, write_json
+from hub_upload.model_card import _license_link, read_base_card
 from hub_upload.remote_code import executed_files, imported_libraries, listed_hashes, package_folder
 from recoverable_llava.configuration_recoverable_llava import AUTO_MAP, RecoverableLlavaConfig
 
@@ -225,6 +227,58 @@ def test_configurations_as_they_are_published():
     assert config["question_config"]["hidden_size"] == 768 and config["question_config"]["eos_token_id"] == 2
     assert config["text_relevance"] == "negated" and checked.num_patches == 576
     assert "max_length" not in config["question_config"]
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "snapshot"])
+def test_links_out_of_a_local_base_are_not_followed(tmp_path, base, clip, kind):
+    """A license, a template, settings: what a link of a stranger's base points to would be published."""
+    folder = tmp_path / ("models--a/snapshots/base" if kind == "snapshot" else "base")
+    copied = save_layout(base, folder, "as in memory", shards=2)
+    secret = tmp_path / "secret"
+    secret.write_text('{"my": "secret"}')
+    names = ("LICENSE", "NOTICE.md", "USE_POLICY.txt", "chat_template.jinja", "generation_config.json")
+    for name in names:
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).symlink_to(Path("..", "secret") if kind == "relative" else secret)
+    template = tmp_path / "template.jinja"
+    template.write_text(tiny.CHAT_TEMPLATE)
+    with pytest.warns(UserWarning, match="is a link to a place outside of its checkpoint") as warned:
+        output = build(str(copied), tmp_path / "out", clip=str(clip), chat_template=template, **tiny.RECOVERY)
+    assert sorted(Path(str(warning.message).split()[0]).name for warning in warned) == sorted(names)
+    for path in (path for path in output.rglob("*") if path.is_file()):
+        assert b"secret" not in path.read_bytes(), path
+    assert (output / "LICENSE.txt").read_text() == "The license of the base.\n"
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path, base, clip):
+    """There every file is one, to its content beside the snapshots; people pass such a folder, too."""
+    snapshot, blobs = tmp_path / "models--maker--llava" / "snapshots" / "0123", tmp_path / "models--maker--llava/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in (path for path in base.iterdir() if path.is_file()):
+        (blobs / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    output = build(str(snapshot), tmp_path / "out", clip=str(clip), **tiny.RECOVERY)
+    assert (output / "LICENSE.txt").read_text() == "The license of the base.\n"
+    assert not [path for path in output.rglob("*") if path.is_symlink()]
+
+
+def test_pipes_are_not_waited_for(tmp_path, base, clip):
+    for name in ("config.json", "model-00001-of-00002.safetensors", "LICENSE"):
+        copied = save_layout(base, tmp_path / name, "as in memory", shards=2)
+        (copied / name).unlink(missing_ok=True)
+        os.mkfifo(copied / name)
+        if name == "LICENSE":
+            assert not (build(str(copied), tmp_path / "out", clip=str(clip), **tiny.RECOVERY) / name).exists()
+        else:
+            refused(f"{name} is missing", tmp_path / "out", copied, clip)
+
+
+def test_long_and_special_names(tmp_path, base, clip):
+    for name in ("o" * 250, "é" * 120, "with [brackets] *"):
+        output = build(str(base), tmp_path / name, clip=str(clip), **tiny.RECOVERY)
+        assert output.is_dir() and siblings(output) == [name]
+        output.rename(tmp_path.parent / f"{tmp_path.name}-{len(name)}")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -463,8 +517,6 @@ def test_running_build_of_the_same_output_is_left_alone(tmp_path, base, clip):
 
 
 def test_card_says_what_a_person_wants_to_know(built_once):
-    from huggingface_hub import ModelCard
-
     card = ModelCard.load(built_once / "README.md")
     data = card.data.to_dict()
     assert data["library_name"] == "transformers"
@@ -486,17 +538,116 @@ def test_card_says_what_a_person_wants_to_know(built_once):
     assert str(Path(built_once).parent) not in card.text
 
 
+PAPER = {"selection": "paper", "text_relevance": "projected"}
+
+
+def card_of(tmp_path: Path, base: str, clip: Path, **arguments: object) -> str:
+    """The card of a build, as one line, so that sentences can be looked for."""
+    output = build(base, tmp_path / "out", clip=str(clip), **{**tiny.RECOVERY, **arguments})
+    return " ".join((output / "README.md").read_text().split())
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"selection": "novelty"}, "novelty_threshold = 0.5"),
-        ({"selection": "paper"}, "lof_threshold = 2.0"),
+        ({}, "novelty_threshold = 0.5"),
+        ({"novelty_threshold": 0.6}, "novelty_threshold = 1.2"),
+        (PAPER, "lof_threshold = 2.0"),
+        ({**PAPER, "lof_threshold": 2.5}, "lof_threshold = 5.0"),
         ({"visual_token_budget": 9}, "visual_token_budget = 8"),
+        ({"visual_token_budget": 8}, "visual_token_budget = 4"),
+        ({"visual_token_budget": 1}, "visual_token_budget = 1"),
     ],
 )
 def test_card_names_the_setting_that_has_an_effect(tmp_path, llava_folder, clip, settings, line):
-    output = build(llava_folder, tmp_path / "out", clip=str(clip), **tiny.RECOVERY, **settings)
-    assert line in (output / "README.md").read_text()
+    assert line in card_of(tmp_path, llava_folder, clip, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ({}, ["depends on the image alone", "is not the paper's", "90 % of them", "into one token"], ["around a few"]),
+        ({"merge_remaining": False}, ["drops what is left"], ["into one token"]),
+        ({"max_visual_tokens": 9, "min_visual_tokens": 3}, ["How many stay (at least 3 and at most 9)"], []),
+        (PAPER, ["depends on the image and on the question", "that of Chen et al."], ["is not the paper's", "alone"]),
+        (
+            {"visual_token_budget": 9},
+            ["exactly **9 of 36**", "processor.visual_token_budget = False, None"],
+            ["depends"],
+        ),
+        ({"compress": False}, ["As published, compression is switched off"], []),
+    ],
+    ids=["default", "no rest", "bounds", "paper", "budget", "off"],
+)
+def test_card_says_what_the_settings_do(tmp_path, llava_folder, clip, settings, said, unsaid):
+    card = card_of(tmp_path, llava_folder, clip, **settings)
+    assert [words for words in said if words not in card] == []
+    assert [words for words in [*unsaid, "10 %", "the paper reports"] if words in card] == []
+
+
+BASE_CARD = """---
+license: other
+license_name: a `strange` license
+license_link: LICENSE.md
+base_model: {base_model}
+---
+# A fine-tune
+"""
+
+
+@pytest.mark.parametrize("is_license_there", [True, False])
+def test_card_passes_on_what_the_card_of_a_local_base_states(tmp_path, llava_folder, clip, is_license_there):
+    base = save_layout(Path(llava_folder), tmp_path / "base", "as saved")
+    (base / "README.md").write_text(BASE_CARD.format(base_model="llava-hf/llava-1.5-7b-hf"))
+    if is_license_there:
+        (base / "LICENSE.md").write_text("Nobody may.")
+    output = build(str(base), tmp_path / "out", clip=str(clip), **tiny.RECOVERY)
+    data = ModelCard.load(output / "README.md").data.to_dict()
+    assert (data["license"], data["license_name"]) == ("other", "a strange license")
+    assert data.get("license_link") == ("LICENSE.md" if is_license_there else None)
+    assert data["base_model"] == ["llava-hf/llava-1.5-7b-hf"]
+    text = (output / "README.md").read_text()
+    assert "(a local checkpoint of the publisher, made from [llava-hf/llava-1.5-7b-hf](" in text
+    assert ("[`a strange license`](LICENSE.md)" if is_license_there else "states: `a strange license`.") in text
+
+
+def test_license_of_the_publisher_is_not_called_the_bases(tmp_path, llava_folder, clip):
+    base = save_layout(Path(llava_folder), tmp_path / "base", "as saved")
+    (base / "README.md").write_text(BASE_CARD.format(base_model="[a/b, c/d, ./runs/17, 5]"))
+    output = build(str(base), tmp_path / "out", clip=str(clip), license="mit", **tiny.RECOVERY)
+    data = ModelCard.load(output / "README.md").data.to_dict()
+    assert data["license"] == "mit" and "license_name" not in data and data["base_model"] == ["a/b", "c/d"]
+    text = (output / "README.md").read_text()
+    assert "according to who published this repository: `mit`" in text and "./runs/17" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "license"),
+    [
+        (b"", None),
+        (b"# No metadata\n", None),
+        (b"---\nlicense: [mit, apache-2.0]\n---\n", None),
+        (b"---\nlicense: mit\n---\n\xff\xfe\n", "mit"),
+        (b"---\nlicense: |\n  mit\n  # injected\n---\n", "mit # injected"),
+    ],
+)
+def test_cards_of_bases_that_state_no_license_or_badly(tmp_path, content, license):
+    (tmp_path / "README.md").write_bytes(content)
+    assert read_base_card(tmp_path).license == license
+
+
+def test_metadata_that_cannot_be_read_is_named(tmp_path, llava_folder, clip):
+    base = save_layout(Path(llava_folder), tmp_path / "base", "as saved")
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    refused("base: the metadata of its README.md cannot be read", tmp_path / "out", base, clip)
+
+
+def test_relative_link_to_a_license_on_the_hub_leads_to_the_base():
+    base = {"repo_id": "maker/llava", "revision": "0123"}
+    assert _license_link("./LICENSE.md", base, {}) == "https://huggingface.co/maker/llava/blob/0123/LICENSE.md"
+    assert _license_link("https://x.y/z", base, {}) == "https://x.y/z"
+    assert _license_link("LICENSE.md", base, {"LICENSE.md": "0" * 64}) == "LICENSE.md"
+    assert _license_link("LICENSE.md", {"folder": "llava"}, {}) is None
 
 
 def test_card_with_results_budget_and_another_license(tmp_path, llava_folder, clip):

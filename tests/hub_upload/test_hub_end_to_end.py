@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub
 from hub_upload.build import build
 
 
-PRIVATE_ID, CHANGED_ID = "writer/private", "writer/changed"
+PRIVATE_ID, CHANGED_ID, BUDGET_ID = "writer/private", "writer/changed", "writer/budget"
 
 LOADING = """
 import json, sys
@@ -117,8 +117,10 @@ def world(tmp_path_factory, base, clip, built_once):
     """A Hub with a public repository of two commits and a private one."""
     folder = tmp_path_factory.mktemp("world")
     later = build(str(base), folder / "later", clip=str(clip), **tiny.RECOVERY, lof_threshold=2.5)
+    budget = build(str(base), folder / "budget", clip=str(clip), **tiny.RECOVERY, visual_token_budget=9)
     with LoopbackHub() as hub:
         for arguments in (
+            (budget, BUDGET_ID),
             (built_once, REPO_ID),
             (built_once, PRIVATE_ID, "--private"),
             (later, REPO_ID),
@@ -189,15 +191,25 @@ def test_verify_a_published_repository(world):
     assert "all checks passed" in run.stdout
 
 
-def test_code_on_the_card_runs(world, pictures):
+SWITCHED_OFF = """
+inputs = processor(images=IMAGE, text="USER: <image>\\nwhy? ASSISTANT:", return_tensors="pt")
+assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 36
+assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+"""
+
+
+@pytest.mark.parametrize("repo_id", [REPO_ID, BUDGET_ID])
+def test_code_on_the_card_runs(world, pictures, repo_id):
     hub, folder = world
     pictures[0].save(folder / "photo.jpg")
-    card = hub.main_files(REPO_ID)["README.md"].content.decode()
+    card = hub.main_files(repo_id)["README.md"].content.decode()
     script = "\n".join(re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL))
     assert script.count("trust_remote_code=True") == 3 and "OWNER/NAME" not in card
-    run = python(hub, folder / "reader", script)
+    opened = "from PIL import Image\nIMAGE = Image.open('photo.jpg')\n"
+    run = python(hub, folder / "reader", script + opened + SWITCHED_OFF)
     assert run.returncode == 0, run.stderr[-3000:]
     answers_of_both, _, count = run.stdout.partition("tensor([")
     middle = len(answers_of_both) // 2
     assert answers_of_both[:middle] == answers_of_both[middle:] != ""
-    assert 0 < int(count.partition("]")[0]) <= tiny.NUM_PATCHES
+    kept = int(count.partition("]")[0])
+    assert kept == 9 if repo_id == BUDGET_ID else 0 < kept <= tiny.NUM_PATCHES

@@ -11,7 +11,8 @@ from command_line import REPO_ID
 import hub_upload.verify as verify_module
 from hub_upload.build import EXTRA_SHARD, build
 from hub_upload.checkpoint import INDEX, file_sha256, read_json, write_json
-from hub_upload.verify import Check, loading_problems, table, verify
+from hub_upload.inspection import Check, table
+from hub_upload.verify import loading_problems, verify
 
 
 def failed(checks: list[Check]) -> set[str]:
@@ -31,7 +32,7 @@ def test_changed_code_is_found_and_not_executed(built, not_executed):
         code.write("import os\n")
     checks = verify(built)
     assert failed(checks) == {"code equals trust_remote_code.md", "loads"}
-    assert "novelty_selection.py" in table(checks) and "2 of 6 checks failed" in table(checks)
+    assert "novelty_selection.py" in table(checks) and "2 of 9 checks failed" in table(checks)
 
 
 def test_unlisted_code_is_found(built, not_executed):
@@ -68,7 +69,54 @@ def test_pickles_and_missing_classes_are_found(built, not_executed):
     config = read_json(built / "config.json")
     del config["auto_map"]["AutoModelForMultimodalLM"]
     write_json(built / "config.json", config)
-    assert failed(verify(built)) == {"no pickles", "auto_map is complete", "loads"}
+    assert failed(verify(built)) == {
+        *("no pickles", "auto_map is complete", "loads"),
+        "settings equal provenance.json",
+    }
+
+
+def test_what_would_be_loaded_instead_is_found_and_not_executed(built, not_executed):
+    for name, check in (
+        ("adapter_config.json", "nothing else is loaded"),
+        ("model.safetensors", "nothing else is loaded"),
+        ("custom_generate/generate.py", "nothing else is loaded"),
+        ("deep/more.py", "code equals trust_remote_code.md"),
+    ):
+        (built / name).parent.mkdir(exist_ok=True)
+        (built / name).write_text("{}")
+        if name == "model.safetensors":  # preferred to the index, and broken
+            assert failed(verify(built)) == {"files can be read"}
+        else:
+            assert check in failed(verify(built))
+        (built / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "config.json", "question_tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"auto_map": 5, "files": 5}', b"\xff", b"[" * 100_000])
+def test_damaged_settings_are_found_and_not_executed(built, not_executed, name, content):
+    (built / name).unlink()
+    (built / name).write_bytes(content)
+    assert not all(check.passed for check in verify(built))
+
+
+def change_code(folder: Path) -> None:
+    """Other code, listed with its hash everywhere, as in a repository of somebody who wants it to be run."""
+    code, page = folder / "novelty_selection.py", folder / "trust_remote_code.md"
+    before = file_sha256(code)
+    code.write_text(code.read_text() + "\nOTHER = True\n")
+    page.write_text(page.read_text().replace(before, file_sha256(code)))
+    provenance = read_json(folder / "provenance.json")
+    provenance["files"] |= {path.name: file_sha256(path) for path in (code, page)}
+    write_json(folder / "provenance.json", provenance)
+
+
+def test_code_that_is_not_the_packages_is_not_run_unasked(built, not_executed):
+    change_code(built)
+    checks = verify(built)
+    assert failed(checks) == {"loads"}
+    assert "novelty_selection.py" in checks[-1].detail and "--trust-remote-code" in checks[-1].detail
+    with pytest.raises(AssertionError, match="was executed"):
+        verify(built, trust_remote_code=True)
 
 
 def test_wrong_targets(built, tmp_path):

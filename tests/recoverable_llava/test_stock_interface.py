@@ -1,7 +1,6 @@
 """What scripts written for stock LLaVA read and pass: outputs, embeddings, attentions, names of arguments, threads."""
 
 import inspect
-import pickle
 import threading
 
 import pytest
@@ -237,14 +236,3 @@ def test_a_newer_transformers_is_said_to_be_untested_once(monkeypatch, caplog):
     transformers_names.warn_if_untested()
     transformers_names.warn_if_untested()
     assert [("tested with transformers up to" in record.message) for record in caplog.records] == [True]
-
-
-# ---------------------------------------------------------------------------------- a script that keeps the stock class
-
-
-def test_a_stock_model_that_gets_our_inputs_says_what_to_change(stock, processor, pictures):
-    inputs = batch_of(processor, pictures).to("cpu")
-    with pytest.raises(ValueError, match=r"from_pretrained\(repo, trust_remote_code=True\)"):
-        stock.generate(**inputs, max_new_tokens=1)
-    again = pickle.loads(pickle.dumps(inputs))
-    assert list(again) == list(inputs) and all(type(name) is str for name in again)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -91,14 +92,132 @@ def test_batch_writes_a_line_per_picture_and_goes_on_after_a_stop(capsys, repo_f
     assert len(lines(output)) == 6
 
 
+def test_batch_goes_on_only_with_what_made_the_file(capsys, repo_folder, folder, tmp_path, pictures, monkeypatch):
+    """Other settings, another model, another folder: refused, with what differs, before any weight is loaded."""
+    output = tmp_path / "answers.jsonl"
+    command = ["batch", folder, "why?", "--model", repo_folder, "--max-new-tokens", 2, "--output", output]
+    assert run(capsys, *command, "--preset", "paper")[0] == 0
+    before = output.read_bytes()
+    made_by = lines(output)[0]["made_by"]
+    assert (made_by["preset"], made_by["model"]) == ("paper", repo_folder)
+
+    moved, changed = tmp_path / "moved", tmp_path / "changed"
+    shutil.copytree(repo_folder, moved)
+    shutil.copytree(repo_folder, changed)
+    weights = changed / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    pictures[3].save(other_folder / "a.png")
+    monkeypatch.setattr(asking.RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
+    for replaced, message in [
+        ([], 'preset was "paper", is null'),
+        (["--preset", "default"], 'preset was "paper", is "default"'),
+        (["--preset", "paper", "--threshold", "2"], "threshold was null, is 2.0"),
+        (["--no-compress"], "no_compress was null, is true"),
+        (["--preset", "paper", "--dtype", "bfloat16"], 'dtype was null, is "bfloat16"'),
+        (["--preset", "paper", "--max-new-tokens", "3"], "max_new_tokens was 2, is 3"),
+        (["--preset", "paper", "--model", changed], "version was"),
+    ]:
+        code, _, err = run(capsys, *command, *replaced)
+        assert code == 2 and f"{output}' has answers to this question that were made otherwise" in err, err
+        assert message in err
+    command[1] = other_folder
+    code, _, err = run(capsys, *command, "--preset", "paper")
+    assert code == 2 and f"{output}' has an answer about 'a.png' as it was before" in err
+
+    command[1] = folder
+    code, _, err = run(capsys, *command, "--preset", "paper", "--model", moved)  # the same model elsewhere
+    assert code == 0 and "an answer for all 3 pictures" in err
+    assert output.read_bytes() == before
+
+
+def test_two_runs_on_one_file(repo_folder, folder, tmp_path):
+    """Started at once: one answers, the other is refused, and no picture is answered twice."""
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "recoverable_llava.tools.command_line", "batch", str(folder), "why?"]
+    command += ["--model", repo_folder, "--max-new-tokens", "2", "--output", str(output)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    refused = [error for error in errors if f"{output}' is being written by another run" in error]
+    assert sorted(run.returncode for run in runs) == ([0, 2] if refused else [0, 0]), errors
+    assert sorted(line["image"] for line in lines(output)) == ["a.png", "b.jpg", "deeper/c.webp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "folder"]
+
+
+def test_a_file_in_use_is_refused_and_a_killed_run_leaves_it_free(capsys, repo_folder, folder, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    command = ["batch", folder, "why?", "--model", repo_folder, "--max-new-tokens", 2, "--output", output]
+    script = (
+        "import sys, time; from pathlib import Path; from recoverable_llava.tools.answers_file import AnswersFile\n"
+        "with AnswersFile(Path(sys.argv[1]), 'why?', {}): print('open', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(output)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "open\n"
+        code, _, err = run(capsys, *command)
+        assert code == 2 and f"{output}' is being written by another run" in err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run(capsys, *command)[0] == 0
+    assert len(lines(output)) == 3
+
+
+def test_a_failed_start_leaves_nothing_behind(capsys, repo_folder, folder, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    command = ["batch", folder, "why?", "--model", repo_folder, "--device", "tpu9", "--output", output]
+    assert run(capsys, *command)[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_pictures_that_the_checkpoint_was_not_made_for(capsys, repo_folder, folder, tmp_path):
+    """One warning, whatever the number of pictures; none for a drawn scene, none for a model of photos."""
+    drawn = tmp_path / "drawn"
+    shutil.copytree(repo_folder, drawn)
+    config = json.loads((drawn / "config.json").read_text())
+    (drawn / "config.json").write_text(json.dumps({**config, "picture_domain": asking.DRAWN_SCENES}))
+    options = ["why?", "--max-new-tokens", 2, "--model"]
+    scene = tmp_path / "scene.png"
+    Image.new("RGB", (84, 84)).save(scene)
+    assert "knows drawn scenes only" in run(capsys, "ask", folder / "a.png", *options, drawn)[2]
+    assert "knows drawn scenes only" not in run(capsys, "ask", scene, *options, drawn)[2]
+    assert "knows drawn scenes only" not in run(capsys, "ask", folder / "a.png", *options, repo_folder)[2]
+    err = run(capsys, "batch", folder, *options, drawn, "--output", tmp_path / "answers.jsonl")[2]
+    assert err.count("knows drawn scenes only") == 1 and "a.png" in err
+
+
+def test_a_full_disk_is_said_with_the_file(capsys, repo_folder, folder, picture, tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs Linux's /dev/full")
+    (tmp_path / "kept.png").symlink_to("/dev/full")
+    monkeypatch.setattr("recoverable_llava.tools.command_line._check_overlay", lambda path: None)
+    code, _, err = run(
+        capsys,
+        "ask",
+        picture,
+        "why?",
+        "--model",
+        repo_folder,
+        "--max-new-tokens",
+        2,
+        "--overlay",
+        tmp_path / "kept.png",
+    )
+    assert code == 2 and "kept.png' cannot be written: No space left" in err
+
+
 def test_batch_goes_on_after_a_broken_picture(capsys, repo_folder, folder, tmp_path):
-    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    Image.new("RGB", (12_000, 1)).save(folder / "strip.png")
     output = tmp_path / "answers.jsonl"
     code, _, err = run(
         capsys, "batch", folder, "why?", "--model", repo_folder, "--max-new-tokens", 2, "--output", output
     )
     assert code == 1
-    assert "a.png" in err and "1 unreadable" in err
+    assert "a.png" in err and "strip.png' has 12000 × 1 pixels" in err and "2 unreadable" in err
     assert [line["image"] for line in lines(output)] == ["b.jpg", "deeper/c.webp"]
 
 
@@ -116,11 +235,8 @@ def test_broken_pictures(capsys, tmp_path, pictures):
         assert name in err and message in err and err.count("\n") == 1
 
 
-def test_a_picture_is_turned_as_its_camera_says(tmp_path, pictures):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    pictures[0].save(tmp_path / "upright.jpg", exif=exif)
-    assert asking.open_picture(tmp_path / "upright.jpg").size == pictures[0].size[::-1]
+def no_work(*_, **__):
+    pytest.fail("the weights were loaded for a call that was wrong from the start")
 
 
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -129,8 +245,13 @@ def test_mistakes_are_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other.jsonl"
     other.write_text('{"something": "else"}\n')
+    binary, pipe = tmp_path / "binary.jsonl", tmp_path / "pipe.jsonl"
+    binary.write_bytes(b"\xff\xfe\n")
+    os.mkfifo(pipe)
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "empty.png").mkdir()
+    monkeypatch.setattr(asking.RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
     cases = [
         (["ask", picture, "why?"], "There is no folder 'checkpoints/tiny' here.*--model"),
         (["ask", picture, "why?", "--model", "./nowhere"], "There is no folder './nowhere'"),
@@ -144,13 +265,40 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["ask", picture, "why?", "--overlay", "kept.png", "--no-compress"], "leave one out"),
         (["batch", "nowhere", "why?"], "There is no folder 'nowhere'"),
         (["batch", str(empty), "why?"], "has no pictures"),
-        (["batch", str(folder), "why?", "--output", str(other)], "was not written by this command"),
+        (["batch", str(folder), " "], "QUESTION is empty"),
+        (["ask", picture, "why?", "--overlay", "nowhere/kept.png"], "kept.png': there is no folder 'nowhere'"),
+        (["ask", picture, "why?", "--overlay", str(empty) + ".png"], "empty.png' is no file"),
+        (["ask", picture, "why?", "--model", repo_folder, "--budget", "5", "--threshold", "1"], "decides nothing"),
+        (["ask", picture, "why?", "--model", repo_folder, "--no-compress", "--preset", "paper"], "leave one out"),
+        (["ask", picture, "why?", "--model", repo_folder, "--device", "tpu9"], "device='tpu9'"),
+        *(
+            (
+                ["batch", str(folder), "why?", "--model", repo_folder, "--output", str(output)],
+                f"{output.name}' {message}",
+            )
+            for output, message in [
+                (other, "was not written by this command"),
+                (binary, "was not written by this command"),
+                (pipe, "is no file"),
+                (empty, "is no file"),
+            ]
+        ),
+        (["batch", str(folder), "why?", "--model", repo_folder, "--output", str(other / "a")], "other.jsonl"),
     ]
     for arguments, message in cases:
         code, out, err = run(capsys, *arguments)
         assert (code, out) == (2, ""), arguments
         assert err.count("\n") == 1, err
         assert re.search(message, err), err
+
+
+def test_damaged_weights(capsys, repo_folder, picture, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(repo_folder, damaged)
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    code, out, err = run(capsys, "ask", picture, "why?", "--model", damaged)
+    assert (code, out) == (2, "") and f"The weights of '{damaged}' are damaged" in err and err.count("\n") == 1
 
 
 def test_no_gpu(capsys, repo_folder, picture, monkeypatch):
@@ -222,12 +370,3 @@ def test_code_of_a_checkpoint_never_runs(repo_folder, tmp_path, capsys, picture)
     for path in trap.glob("*.py"):
         path.write_text("raise SystemExit('code of the checkpoint was run')")
     assert run(capsys, "ask", picture, "why?", "--model", trap, "--max-new-tokens", 2)[0] == 0
-
-
-def test_settings_are_put_back_after_a_mistake(model_and_processor):
-    model, _ = model_and_processor
-    with pytest.raises(ValueError, match="lof_threshold"), asking.settings(model, compress=False, lof_threshold=-1):
-        pass
-    assert model.config.compress and model.config.lof_threshold == 1.5
-    with pytest.raises(ValueError, match="no field 'budget'"), asking.settings(model, budget=3):
-        pass
