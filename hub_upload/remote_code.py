@@ -61,7 +61,7 @@ def configuration_fields() -> dict[str, type]:
     """Every recovery setting and its type, read from the source: no second list to keep."""
     classes = {node.name: node for node in _parsed(SETTINGS).body if isinstance(node, ast.ClassDef)}
     kinds = {"bool": bool, "int": int, "float": float, "str": str}
-    annotated = [node for node in classes["RecoverySettingsMixin"].body if isinstance(node, ast.AnnAssign)]
+    annotated = [node for node in classes["RecoverySettings"].body if isinstance(node, ast.AnnAssign)]
     types = {ast.unparse(node.target): ast.unparse(node.annotation).split(" | ")[0] for node in annotated}
     return {name: kinds[kind] for name, kind in types.items()}
 

@@ -244,15 +244,17 @@ class RecoverableVisionMixin(nn.Module):
             question_attention_mask=question_attention_mask,
             question_embeds=question_embeds,
         )
-        if question_embeds is None:
-            if question_input_ids is None:
-                return None
+        if question_embeds is not None:
+            question_embeds = nn.functional.normalize(question_embeds.float(), dim=-1)
+        elif question_input_ids is not None:
             question_embeds = self.get_question_embeds(question_input_ids)
+        else:
+            return None
         if question_attention_mask is None:
             present = question_embeds.new_ones(num_rows, dtype=torch.bool)
         else:
-            present = question_attention_mask.bool().any(1)
-        return Questions(nn.functional.normalize(question_embeds.float(), dim=-1), present)
+            present = question_attention_mask.bool().any(1).to(question_embeds.device)
+        return Questions(question_embeds, present)
 
     # -------------------------------------------------------------------------------------------------- choosing tokens
 

@@ -88,35 +88,36 @@ def select_by_outliers(
     """
     check_scores(visual_scores, text_scores, valid, max_visual_tokens, visual_token_budget)
     num_valid = number_of_valid(visual_scores, valid)
-    visual_scores = finite(visual_scores[:, None], valid)[:, 0]
+    scores = visual_scores[:, None] if text_scores is None else torch.stack([visual_scores, text_scores], dim=1)
+    scores = finite(scores, valid)
+    visual_scores, text_scores = scores[:, 0], None if text_scores is None else scores[:, 1]
     by_attention = descending(last_where_not(valid, visual_scores))
 
-    def choose(num_visual: torch.Tensor, num_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Masks of what steps 1 and 2 keep and recover, and of what they leave over."""
-        kept = first(by_attention, num_visual)
+    def recover(kept: torch.Tensor, num_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of what step 2 recovers beside what step 1 kept, and of what both leave over."""
         left = ~kept if valid is None else valid & ~kept
         if text_scores is None:
-            return kept, torch.zeros_like(kept), left
+            return torch.zeros_like(kept), left
         recovered = highest(last_where_not(left, text_scores), num_text)
-        return kept, recovered, left & ~recovered
+        return recovered, left & ~recovered
 
     # Step 1: as many as there are outliers of the class attention.
     num_visual = number_of_outliers(visual_scores, valid, visual_lof_neighbors, lof_threshold)
     num_visual = num_visual.clamp(min=min_visual_tokens).minimum(num_valid)
+    kept = first(by_attention, num_visual)
 
     # Step 2: kept patches drop to the lowest relevance; the share of outliers of what results is the share of the
     # other patches to recover.
     num_text = torch.zeros_like(num_visual)
     if text_scores is not None:
-        text_scores = finite(text_scores[:, None], valid)[:, 0]
         lowest_relevance = lowest(text_scores[:, None], valid)[:, 0]
-        unmet = torch.where(first(by_attention, num_visual), lowest_relevance, text_scores)
+        unmet = torch.where(kept, lowest_relevance, text_scores)
         outliers = number_of_outliers(unmet, valid, text_lof_neighbors, lof_threshold)
         num_text = outliers * (num_valid - num_visual) // num_valid.clamp(min=1)
         num_text = num_text if has_question is None else num_text * has_question
 
     # Step 3: as many centres as there are outliers among what is left, and one token for what they leave.
-    kept, recovered, left = choose(num_visual, num_text)
+    recovered, left = recover(kept, num_text)
     num_centres = number_of_outliers(visual_scores, left, merge_lof_neighbors, lof_threshold)
     merges_remaining = (num_centres < num_valid - num_visual - num_text) & merge_remaining
 
@@ -130,7 +131,8 @@ def select_by_outliers(
         num_visual, num_text, num_merged = apportion(asked, total).unbind(1)
         merges_remaining = (num_merged > 0) & (num_merged < num_valid - num_visual - num_text) & merge_remaining
         num_centres = num_merged - merges_remaining.long()
-        kept, recovered, left = choose(num_visual, num_text)
+        kept = first(by_attention, num_visual)
+        recovered, left = recover(kept, num_text)
 
     centres = highest(last_where_not(left, visual_scores), num_centres)
     return Selection(kept, recovered, centres, merges_remaining)

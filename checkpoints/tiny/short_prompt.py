@@ -25,7 +25,13 @@ class Placeholders:
     image: torch.Tensor  # [B, L] long, the image that a placeholder belongs to (anything elsewhere)
     offset: torch.Tensor  # [B, L] long, the placeholder's number within its image (anything elsewhere)
     row_of_image: torch.Tensor  # [I] long, the prompt that an image begins in
-    last_row_of_image: torch.Tensor  # [I] long, the prompt that it ends in: the same, in a prompt that is sound
+    ends: torch.Tensor  # [I] long, placeholders up to and with an image
+    row_ends: torch.Tensor  # [B] long, placeholders up to and with a prompt
+
+    @property
+    def last_row_of_image(self) -> torch.Tensor:
+        """[I] long, the prompt that an image ends in: the one that it begins in, if prompts and images match."""
+        return torch.searchsorted(self.row_ends, self.ends)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ def locate_placeholders(input_ids: torch.Tensor, image_token_id: int, per_image:
     starts = ends - per_image
     image = torch.searchsorted(ends, number, right=True).clamp(max=max(len(ends) - 1, 0))
     row_ends = mask.sum(1).cumsum(0)
-    rows = torch.searchsorted(row_ends, torch.stack([starts, ends - 1]), right=True).clamp(max=len(input_ids) - 1)
     return Placeholders(
         mask=mask,
         image=image,
         offset=number - starts[image] if len(ends) else number,
-        row_of_image=rows[0],
-        last_row_of_image=rows[1],
+        row_of_image=torch.searchsorted(row_ends, starts, right=True).clamp(max=len(input_ids) - 1),
+        ends=ends,
+        row_ends=row_ends,
     )
 
 

@@ -304,7 +304,7 @@ def test_the_highest_around_equals_a_loop():
         ({"valid": torch.ones(2, 29).bool()}, r"valid has shape \(2, 29\), but visual_scores \(2, 30\)"),
         ({"around": highest_around(0), "text_scores": torch.ones(2, 30)}, "grid_width must divide .* got 0"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_an_error(settings, message):
     visual, _, features, _ = draw(7)

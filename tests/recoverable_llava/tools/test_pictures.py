@@ -80,7 +80,7 @@ def attacks():
     yield "frames of a film that is cut", encoded(noise, "GIF", save_all=True, append_images=[noise] * 3)[:1500]
 
 
-@pytest.mark.parametrize("name, content", attacks(), ids=[name for name, _ in attacks()])
+@pytest.mark.parametrize("name, content", list(attacks()), ids=[name for name, _ in attacks()])
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_attackers_files_are_refused_by_name(name, content, suffix, tmp_path, monkeypatch, programs):
     """In one message that names the file; nothing is run, and memory stays that of a small picture."""
