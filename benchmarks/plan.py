@@ -15,7 +15,7 @@ import torch
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
-from recoverable_llava.novelty_selection import highest_around, select_by_novelty
+from recoverable_llava.novelty_selection import cosine_distance, highest_around, select_by_novelty
 from recoverable_llava.paper_selection import select_by_outliers
 from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
 from recoverable_llava.transformers_names import CACHE, cache_of
@@ -110,7 +110,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
     else:
         around = highest_around(math.isqrt(drawn.visual_scores.shape[1]))
         selection = select_by_novelty(
-            drawn.visual_scores, scored.projected, *given, around=around, visual_token_budget=budget
+            drawn.visual_scores, cosine_distance(scored.projected), *given, around=around, visual_token_budget=budget
         )
     if budget is None:
         longest, merged = torch.stack([selection.num_tokens.max(), selection.num_merged.max()]).tolist()

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import normalize
 
 from evaluation.evidence import Evidence
-from recoverable_llava.novelty_selection import contrast, highest_around, importance, select_by_novelty
+from recoverable_llava.novelty_selection import contrast, cosine_distance, highest_around, importance, select_by_novelty
 from recoverable_llava.paper_selection import number_of_outliers, select_by_outliers
 from recoverable_llava.selection import Selection
 from recoverable_llava.token_assembly import Assembly, assemble_tokens, first_true
@@ -127,7 +127,7 @@ def distinct(
     visual, text = ATTENTIONS[attention](evidence), evidence.relevance[relevance]
     selection = select_by_novelty(
         visual,
-        FEATURES[features](evidence),
+        cosine_distance(FEATURES[features](evidence)),
         text,
         around=highest_around(evidence.grid[1]),
         merge_remaining=merge_remaining,

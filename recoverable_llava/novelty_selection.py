@@ -134,7 +134,7 @@ def novelty(importances: torch.Tensor, distance: torch.Tensor, valid: torch.Tens
 
 def select_by_novelty(
     visual_scores: torch.Tensor,
-    features: torch.Tensor,
+    distance: torch.Tensor,
     text_scores: torch.Tensor | None = None,
     has_question: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
@@ -155,7 +155,7 @@ def select_by_novelty(
 
     Args:
         visual_scores: [B, N] class attention of each patch. Scores that are NaN or infinite count as the lowest.
-        features: [B, N, C] whose cosine distances tell how much two patches differ.
+        distance: [B, N, N] how much every two patches differ, from `cosine_distance`.
         text_scores: [B, N] relevance of each patch to the question; None leaves all to class attention.
         has_question: [B] bool; False leaves that image to class attention. None means all True.
         valid: [B, N] bool; False for patches that hold no picture (padding of tiled models). None means all True.
@@ -176,7 +176,6 @@ def select_by_novelty(
     num_patches = visual_scores.shape[1]
     num_valid = number_of_valid(visual_scores, valid)
     scores = visual_scores[:, None] if text_scores is None else torch.stack([visual_scores, text_scores], dim=1)
-    distance = cosine_distance(features)
     mean = mean_distance(distance, valid)
     scores = importance(contrast(finite(scores, valid), valid, around, text_reach), distance, mean)
     by_attention = scores[:, 0]

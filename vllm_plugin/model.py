@@ -37,7 +37,7 @@ from .vision_features import join_images, num_bytes, split_images
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is below its own name
 
-# `--additional-config '{"vision_features_cache_mib": 256}'`. An image of LLaVA-1.5 takes 4 MiB in half precision.
+# `--additional-config '{"vision_features_cache_mib": 256}'`. An image of LLaVA-1.5 takes 5 MiB in half precision.
 CACHE_OPTION, DEFAULT_CACHE_MIB = "vision_features_cache_mib", 64
 # Of the images that vLLM encodes together: the tower's hidden states are of all layers, and outside what vLLM profiles.
 IMAGES_PER_PASS = 8
@@ -130,6 +130,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
 
     def _vision_features(self, pixel_values: torch.Tensor, image_digest: torch.Tensor) -> list[VisionFeatures]:
         """The features of each image, from the tower only where no earlier question brought them."""
+        settings = self.vision.config.recovery_settings()
         digests = [bytes(digest.tolist()) for digest in image_digest]
         features: dict[bytes, VisionFeatures] = {}
         missing: dict[bytes, int] = {}  # and where the picture is; each once
@@ -144,7 +145,10 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         for start in range(0, len(missing), IMAGES_PER_PASS):
             of_this_pass = list(missing)[start : start + IMAGES_PER_PASS]
             images = pixel_values[[missing[digest] for digest in of_this_pass]]
-            features |= zip(of_this_pass, split_images(self.vision.get_vision_features(images)))
+            vision = self.vision.get_vision_features(images)
+            if settings.selection == "novelty":
+                vision = self.vision.with_distance(vision)
+            features |= zip(of_this_pass, split_images(vision))
         for digest in missing:
             if num_bytes(features[digest]) <= self.vision_features_cache.maxsize:
                 self.vision_features_cache[digest] = features[digest]

@@ -18,7 +18,7 @@ I images, R questions, N patches, C channels, K kept tokens, T question tokens, 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .clip_scores import ReadableEncoderLayer, class_attention, read_layer, relevance_embeddings
-from .novelty_selection import select_by_novelty
+from .novelty_selection import cosine_distance, select_by_novelty
 from .paper_selection import select_by_outliers
 from .recovery_settings import RecoverySettings
 from .selection import Selection
@@ -59,6 +59,7 @@ class VisionFeatures:
     relevance_embeds: torch.Tensor  # [I, N, D] float32: their dot product with a question's embedding is the relevance
     last_hidden_state: Any = None  # [I, 1 + N, C] of the tower, as stock returns it
     valid: torch.Tensor | None = None  # [I, N] bool, False for patches that hold no picture; None means all True
+    distance: Any = None  # [I, N, N] float32 between patches, once `with_distance` has added it
 
     @property
     def num_class_tokens(self) -> int:
@@ -297,11 +298,11 @@ class RecoverableVisionMixin(nn.Module):
                     lof_threshold=settings.lof_threshold,
                     **counts,
                 )
-        features = self.project_patches(vision)
+        distance = self.with_distance(vision).distance
         with full_precision(vision.visual_scores):
             return select_by_novelty(
                 vision.visual_scores,
-                features,
+                distance,
                 *given,
                 around=self.around(vision),
                 novelty_threshold=settings.novelty_threshold,
@@ -309,6 +310,17 @@ class RecoverableVisionMixin(nn.Module):
                 text_reach=settings.text_reach,
                 **counts,
             )
+
+    def with_distance(self, vision: VisionFeatures) -> VisionFeatures:
+        """The features with the distances between patches, which no question changes.
+
+        Without them every question about an image computes them again: for whoever keeps the features.
+        """
+        if vision.distance is not None:
+            return vision
+        projected = self.project_patches(vision)
+        with full_precision(vision.visual_scores):
+            return replace(vision, distance=cosine_distance(projected))
 
     @torch.no_grad()
     def project_patches(self, vision: VisionFeatures) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
 from benchmarks import models, paper_release, plan, report
-from recoverable_llava.novelty_selection import select_by_novelty
+from recoverable_llava.novelty_selection import cosine_distance, select_by_novelty
 from recoverable_llava.paper_selection import select_by_outliers
 
 
@@ -83,7 +83,7 @@ def test_without_compression_ours_is_stock(bench):
 
 def test_drawn_images_keep_about_as_many_tokens_as_the_paper():
     drawn = models.draw(32, 576, 256)
-    default = select_by_novelty(drawn.visual_scores, drawn.patches, drawn.text_scores)
+    default = select_by_novelty(drawn.visual_scores, cosine_distance(drawn.patches), drawn.text_scores)
     paper = select_by_outliers(drawn.visual_scores, drawn.text_scores)
     for counts in (default.num_tokens.float(), paper.num_tokens.float()):
         assert 50 < counts.mean() < 64 and counts.std() > 5

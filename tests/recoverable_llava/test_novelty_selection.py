@@ -11,13 +11,18 @@ from recoverable_llava.novelty_selection import (
     OWN_RELEVANCE,
     RELEVANCE_POWER,
     SMALLEST,
+    cosine_distance,
     highest_around,
-    select_by_novelty,
 )
+from recoverable_llava.novelty_selection import select_by_novelty as select_by_distance
 from recoverable_llava.paper_selection import select_by_outliers
 
 
 pytestmark = pytest.mark.algorithm
+
+
+def select_by_novelty(visual_scores, features, *given, **settings):
+    return select_by_distance(visual_scores, cosine_distance(features), *given, **settings)
 
 
 def slow_novelty(scores, features, valid):
