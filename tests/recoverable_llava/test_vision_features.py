@@ -342,3 +342,21 @@ def test_reused_features_and_embeds_spare_the_towers(model, inputs, count_passes
     logits = model(**rest, vision_features=vision, question_embeds=embeds).logits
     assert count_passes == {"vision": 0, "patch embedding": 0, "question": 0, "projector": 2}
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_vision_tower_that_is_split_over_devices(repo_folder, tmp_path, processor, pictures):
+    """Layers whose weights lie on disk until they are called: what the recovery reads of them must call them, too."""
+    from recoverable_llava import RecoverableLlavaForConditionalGeneration
+
+    inputs = processor(images=pictures[:1], text=["USER: <image>\nwhy ? ASSISTANT:"], return_tensors="pt")
+    whole = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder)
+    tower = "model.vision_tower"
+    parts = ["model.language_model", "lm_head", "model.multi_modal_projector", "model.question_tower"]
+    parts += ["model.visual_projection", f"{tower}.embeddings", f"{tower}.pre_layrnorm", f"{tower}.post_layernorm"]
+    layers = {f"{tower}.encoder.layers.{number}": "disk" if number else "cpu" for number in range(3)}
+    split = RecoverableLlavaForConditionalGeneration.from_pretrained(
+        repo_folder, device_map={**dict.fromkeys(parts, "cpu"), **layers}, offload_folder=str(tmp_path)
+    )
+    assert split.model.vision_tower.encoder.layers[2].self_attn.k_proj.weight.device.type == "meta"
+    with torch.no_grad():
+        torch.testing.assert_close(split(**inputs).logits, whole(**inputs).logits)
