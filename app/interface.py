@@ -322,7 +322,7 @@ def _conversation(picture: Any, turns: list[dict], question: str, answer_key: st
 def _counts(recovery: Any) -> str:
     """How many tokens stay, and of which kind, each with the mark that the overlay gives it."""
     selection = recovery.selection
-    kept, total = int(selection.num_tokens), selection.kept_by_vision.shape[1]
+    kept, total = int(selection.num_tokens), selection.chosen_by_vision.shape[1]
     kinds = [
         ("vision", VISION_COLOR, int(selection.num_visual), "kept by vision"),
         ("text", TEXT_COLOR, int(selection.num_text), "recovered for the question"),

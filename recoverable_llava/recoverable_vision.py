@@ -15,9 +15,9 @@ patches are neighbours. To choose tokens in another way, override `select` and `
 I images, R questions, N patches, C channels, K kept tokens, T question tokens, D size of an embedding.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +40,9 @@ from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if
 
 logger = logging.get_logger(__name__)
 
-# Of each thread, whether a stock forward is running in it: that asks `get_image_features` for the features of all
-# patches, and has no way to say so.
-_stock_forward = threading.local()
+# Whether a stock forward is running in this thread: that asks `get_image_features` for the features of all patches, and
+# has no way to say so.
+_is_stock_forward: ContextVar[bool] = ContextVar("recoverable_llava_stock_forward", default=False)
 
 # What this adds to a model. Nothing of it is ever trained: a selection has no gradient.
 FROZEN = ("question_tower", "visual_projection")
@@ -416,7 +416,7 @@ class RecoverableVisionMixin(nn.Module):
         if image_sizes is not None:
             options["image_sizes"] = image_sizes
         if settings is None:
-            is_stock = not torch.compiler.is_compiling() and getattr(_stock_forward, "is_running", False)
+            is_stock = not torch.compiler.is_compiling() and _is_stock_forward.get()
             settings = self.config.recovery_settings(compress=False if is_stock else None)
         if not settings.compress or settings.visual_token_budget is None:
             return super().get_image_features(pixel_values, **options, **kwargs)
@@ -433,11 +433,11 @@ class RecoverableVisionMixin(nn.Module):
 @contextmanager
 def stock_forward() -> Iterator[None]:
     """In this thread, whatever the config says meanwhile, `get_image_features` gives the features of all patches."""
-    _stock_forward.is_running = True
+    outer = _is_stock_forward.set(True)
     try:
         yield
     finally:
-        _stock_forward.is_running = False
+        _is_stock_forward.reset(outer)
 
 
 class FrozenLinear(nn.Module):

@@ -22,8 +22,6 @@ class RecoverableLlavaConfig(RecoverySettingsMixin, LlavaConfig):
     """A `LlavaConfig` with recoverable compression (Chen et al., arXiv 2409.01179).
 
     Args:
-        question_config (`dict` or `CLIPTextConfig`, *optional*):
-            The CLIP text tower that belongs to the vision tower. Its `projection_dim` is the joint embedding's size.
         compress (`bool`, defaults to `True`):
             False switches compression off: the model is then stock LLaVA, bit for bit.
         selection (`str`, defaults to `"novelty"`):
@@ -67,6 +65,8 @@ class RecoverableLlavaConfig(RecoverySettingsMixin, LlavaConfig):
         visual_token_budget (`int`, *optional*):
             Fixed mode: exactly this many tokens for every image. None is adaptive mode, where the image and the
             question decide.
+        question_config (`dict` or `CLIPTextConfig`, *optional*):
+            The CLIP text tower that belongs to the vision tower. Its `projection_dim` is the joint embedding's size.
     """
 
     model_type = "recoverable_llava"

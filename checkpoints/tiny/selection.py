@@ -4,7 +4,6 @@ B images, N patches.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -18,7 +17,7 @@ class Selection:
     centres: torch.Tensor | None  # [B, N] bool, of merged tokens; None where the rule has no centres
     merges_remaining: torch.Tensor  # [B] bool: one more token stands for the patches that no centre absorbs
 
-    @cached_property
+    @property
     def chosen(self) -> torch.Tensor:
         """[B, N] bool: patches that become tokens as they are."""
         return self.chosen_by_vision | self.chosen_by_text
@@ -33,13 +32,13 @@ class Selection:
         """[B] long."""
         return self.chosen_by_text.sum(1)
 
-    @cached_property
+    @property
     def num_merged(self) -> torch.Tensor:
         """[B] long, the remaining token included."""
         remaining = self.merges_remaining.long()
         return remaining if self.centres is None else self.centres.sum(1) + remaining
 
-    @cached_property
+    @property
     def num_tokens(self) -> torch.Tensor:
         """[B] long: all visual tokens of an image but its class token."""
         return self.chosen.sum(1) + self.num_merged

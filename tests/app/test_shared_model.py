@@ -66,7 +66,7 @@ def test_another_question_needs_no_vision_tower_and_is_the_same(shared, picture,
     assert runs == {"tower": 1, "previews": 2}
     fresh = shared_model.SharedModel(*model_and_processor)
     ((_, expected),) = asyncio.run(asked(fresh, Visit(), picture, ["where is the cat?"]))
-    assert (recovery.selection.recovered_by_text == expected.selection.recovered_by_text).all()
+    assert (recovery.selection.chosen_by_text == expected.selection.chosen_by_text).all()
     # What is read off the tower depends on how relevance is measured.
     asyncio.run(asked(shared, visit, picture, ["where is the cat?"], {"text_relevance": "projected"}))
     assert runs["tower"] == 3

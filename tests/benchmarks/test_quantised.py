@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from benchmarks.models import SHAPES, build, make_inputs
 from recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava.recoverable_vision import FrozenLinear
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +64,7 @@ def test_quantised_language_model_gets_the_same_tokens(folder, name):
     quantised = load(folder, quantization_config=quantization_config, device_map=DEVICE)
     layer = quantised.model.language_model.layers[0].mlp.up_proj
     assert type(layer.weight.data) is not type(plain.lm_head.weight.data) or layer.weight.dtype != torch.float32
-    assert type(quantised.model.question_tower.text_projection) is torch.nn.Linear
+    assert isinstance(quantised.model.question_tower.text_projection, FrozenLinear)
     for budget in (None, 16):
         placeholders = budget or SHAPES["tiny"].num_patches
         inputs = make_inputs(SHAPES["tiny"], 2, placeholders, torch.device(DEVICE), torch.float32)

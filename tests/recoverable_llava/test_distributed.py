@@ -1,9 +1,11 @@
 """Training in two processes, replicated and sharded: the losses of a single process, and no parameter left behind."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from batches import batch_of
 from distributed_training import __file__ as WORKER
 
 
+ROOT = Path(__file__).parents[2]
 WAYS = ("alone", "ddp", "fsdp", "lora_alone", "ddp_lora")
 NEEDS_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
@@ -33,7 +36,11 @@ def train_in_two_processes(ways, repo_folder, tmp_path_factory, pictures):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = [
-        subprocess.Popen([sys.executable, WORKER, repo_folder, rank, port, str(report), *ways], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, WORKER, repo_folder, rank, port, str(report), *ways],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         for rank in ("0", "1")
     ]
     errors = [process.communicate(timeout=300)[1].decode() for process in processes]
@@ -55,4 +62,6 @@ def test_older_sharding_on_two_gpus(way, repo_folder, tmp_path_factory, pictures
     if way == "zero3":
         pytest.importorskip("deepspeed")
     losses = train_in_two_processes(("alone", way), repo_folder, tmp_path_factory, pictures)
-    assert losses[way] == pytest.approx(losses["alone"], rel=1e-3)
+    assert losses[way][0] == pytest.approx(losses["alone"][0], rel=1e-3) and losses[way][-1] < losses[way][0] - 0.1
+    if way == "fsdp1":  # ZeRO steps as its own optimizer does, with compression off as well
+        assert losses[way] == pytest.approx(losses["alone"], rel=1e-3)

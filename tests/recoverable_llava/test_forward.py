@@ -234,8 +234,10 @@ def test_shifted_labels_say_the_same(model, processor, pictures, side):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     expected = model(**inputs, labels=labels).loss
-    for given in ({"shift_labels": shifted}, {"shift_labels": shifted, "labels": labels}):
-        torch.testing.assert_close(model(**inputs, **given).loss, expected, atol=1e-6, rtol=0)
+    for unread in (labels, torch.zeros_like(labels)):
+        loss = model(**inputs, labels=unread, shift_labels=shifted).loss
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    assert model(**inputs, shift_labels=shifted).loss is None  # as in stock
 
 
 def test_loss_of_accumulated_batches_is_that_of_one(model, processor, pictures):

@@ -68,6 +68,8 @@ def told(call, model, inputs, folder):
     """Every warning and message of one call, with our names replaced by stock's."""
     transformers_logging.warning_once.cache_clear()
     transformers_logging.info_once.cache_clear()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     loggers, handler = [logging.getLogger(name) for name in ("transformers", "torch")], Messages()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -76,6 +78,7 @@ def told(call, model, inputs, folder):
         try:
             call(model, inputs, folder)
         finally:
+            transformers_logging.set_verbosity(verbosity)
             for logger in loggers:
                 logger.removeHandler(handler)
     texts = handler.texts | {f"{warning.category.__name__}: {warning.message}" for warning in caught}
