@@ -87,10 +87,13 @@ def full_size_checkpoints(
 
 
 def peak_memory_of_build(base: Path, clip: Path, output: Path) -> tuple[int, float]:
-    """Highest resident memory of the building process in bytes, and its seconds."""
+    """Highest resident memory of the building process in bytes, and its seconds.
+
+    Not from `getrusage`: what that tells begins with the memory of the process that forked this one.
+    """
     script = (
-        "import resource, sys; from hub_upload.__main__ import main; status = main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+        "import re, sys; from hub_upload.__main__ import main; status = main(sys.argv[1:]); "
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(status)"
     )
     start = time.monotonic()
     run = subprocess.run(
