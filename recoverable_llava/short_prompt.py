@@ -160,27 +160,6 @@ def place_tokens(tokens: torch.Tensor, placeholders: Placeholders, short: ShortP
     return placed.masked_fill(~is_placeholder[:, :, None], 0)
 
 
-def short_targets(
-    short: ShortPrompt, labels: torch.Tensor, ignored: torch.Tensor, shift_labels: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[B, S] what each short token is to predict; -100 where nothing is.
-
-    The target at original position t is predicted at t - 1. A token that stays follows, in the short prompt, the one
-    whose output stands for t - 1: so targets move along with the tokens that they are.
-
-    Args:
-        labels: [B, L], -100 where nothing is to be predicted.
-        ignored: [B, L] bool, labels to leave out: placeholders, and what stands behind padding.
-        shift_labels: [B, L] what each *position* is to predict, instead of `labels`.
-    """
-    beyond = labels.new_full((len(labels), 1), -100)
-    if shift_labels is not None:
-        labels, beyond = torch.cat([beyond, shift_labels[:, :-1]], dim=1), shift_labels[:, -1:]
-    labels = labels.masked_fill(ignored.to(labels.device), -100)
-    of_tokens = short.of_original(labels).masked_fill(~short.attention_mask.bool().to(labels.device), -100)
-    return torch.cat([of_tokens[:, 1:], beyond], dim=1)
-
-
 def attentions_of_original(
     attentions: torch.Tensor, short: ShortPrompt, source: torch.Tensor, is_present: torch.Tensor, length: int
 ) -> torch.Tensor:
