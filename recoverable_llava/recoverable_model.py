@@ -110,9 +110,10 @@ class ImageTokens:
         every = self.tokens.flatten(0, 1)
         if sum(self.counts) == len(every):
             return every
-        counts = torch.tensor(self.counts).to(every.device, non_blocking=True)
-        is_own = torch.arange(self.tokens.shape[1], device=every.device) < counts[:, None]
-        return every.index_select(0, first_true(is_own.flatten()[None], sum(self.counts))[0])
+        # The counts are known on the host, and so is what they leave: one copy to the device, and no waiting for it.
+        is_own = torch.arange(self.tokens.shape[1]) < torch.tensor(self.counts)[:, None]
+        own = first_true(is_own.flatten()[None], sum(self.counts))[0]
+        return every.index_select(0, own.to(every.device, non_blocking=True))
 
 
 class RecoverableModelMixin(RecoverableVisionMixin):
@@ -240,7 +241,8 @@ class RecoverableModelMixin(RecoverableVisionMixin):
                     placeholders.mask.sum(),
                     (placeholders.row_of_image != placeholders.last_row_of_image).any(),
                 ]
-                most_merged, short_length, count, is_split, *kept = torch.cat([torch.stack(numbers), num_kept]).tolist()
+                facts_of_batch = torch.cat([*(number[None] for number in numbers), num_kept])
+                most_merged, short_length, count, is_split, *kept = facts_of_batch.tolist()
                 check_placeholder_count(count, len(images), counts, settings, bool(is_split))
                 facts.update(keep=keep, short_length=short_length, counts=kept)
                 return max(kept) - vision.num_class_tokens, most_merged

@@ -41,7 +41,8 @@ class Selection:
     @property
     def num_tokens(self) -> torch.Tensor:
         """[B] long: all visual tokens of an image but its class token."""
-        return self.chosen.sum(1) + self.num_merged
+        num_tokens = self.chosen.sum(1) + self.merges_remaining
+        return num_tokens if self.centres is None else num_tokens + self.centres.sum(1)
 
 
 def check_scores(
