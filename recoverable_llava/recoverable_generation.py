@@ -361,7 +361,7 @@ class RecoverableGenerationMixin(nn.Module):
                 setattr(cache, HISTORY, history)
             raise
         is_tensor = isinstance(result, torch.Tensor)
-        short_sequences = result if is_tensor else getattr(result, "sequences", None)
+        short_sequences: Any = result if is_tensor else getattr(result, "sequences", None)
         if custom_generate is not None and not prompt.begins(short_sequences):
             if history is not None:
                 setattr(cache, HISTORY, history)
