@@ -72,6 +72,13 @@ class GenerationPrompt:
         given = self.given_ids.repeat_interleave(len(ids) // len(self.given_ids), dim=0).to(ids.device)
         return torch.cat([given, ids[:, self.loop_ids.shape[1] :]], dim=1)
 
+    def begins(self, sequences: Any) -> bool:
+        """Whether these are sequences of the loop: rows [B * beams, S + new] that begin with the short prompt."""
+        if not isinstance(sequences, torch.Tensor) or sequences.ndim != 2 or len(sequences) % len(self.loop_ids):
+            return False
+        loop_ids = self.loop_ids.repeat_interleave(len(sequences) // len(self.loop_ids), dim=0)
+        return torch.equal(sequences[:, : loop_ids.shape[1]], loop_ids.to(sequences.device))
+
     def remember(self, cache: Cache, sequences: torch.Tensor) -> None:
         """Give the cache the history that it holds: this prompt and the answers."""
         if len(sequences) != num_cached_rows(cache):

@@ -43,7 +43,7 @@ from .short_prompt import (
     surviving_positions,
 )
 from .token_assembly import first_true
-from .transformers_names import CACHE, cache_of, set_image_features, the_cache
+from .transformers_names import CACHE, cache_of, is_paged, set_image_features, the_cache
 
 
 class Road(Enum):
@@ -368,6 +368,8 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         Raises:
             ValueError: if placeholders, images, questions, mask or cache do not belong together.
         """
+        if is_paged(cache):
+            kwargs["cache"], cache = cache, None  # type: ignore[typeddict-unknown-key]
         cache = the_cache(past_key_values, cache)
         stock = {**kwargs, CACHE: cache}
         if visual_embeds is not None and input_ids is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlavaForConditionalGeneration
+from transformers import Cache, LlavaForConditionalGeneration
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -51,9 +51,22 @@ def the_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether a keyword `cache` is for the attention layers, which continuous batching gives theirs under that name.
+
+    Since 5.24 it is the name of every KV cache.
+    """
+    return CACHE != "cache" and cache is not None and not isinstance(cache, Cache)
+
+
 def cache_of(outputs: Any) -> Any:
     """The KV cache in an output of the model or of `generate`; None if there is none."""
     return getattr(outputs, CACHE, None)
+
+
+def static_cache_of(model: Any) -> Any:
+    """The static cache that 5.12 keeps with a model, and fills anew in each `generate` that names no other."""
+    return getattr(model, "_cache", None)
 
 
 def num_cached_rows(cache: Any) -> int:

@@ -43,7 +43,13 @@ class CompressedHistory:
             ValueError: if the cache was cropped into a compressed prompt, or holds more than its history.
         """
         history = getattr(cache, HISTORY, None)
-        return None if history is None else history.cropped(int(cache.get_seq_length()))
+        if history is None:
+            return None
+        length = int(cache.get_seq_length())
+        if length == 0:  # `cache.reset()`: it may be filled with anything
+            delattr(cache, HISTORY)
+            return None
+        return history.cropped(length)
 
     def extended(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short: ShortPrompt

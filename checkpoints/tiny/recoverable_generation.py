@@ -22,12 +22,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompressed_history
-from .original_prompt import GenerationPrompt
+from .original_prompt import GenerationPrompt, OriginalPromptCallback
 from .recoverable_model import ImageInputs, check_placeholder_count
 from .recoverable_vision import Recovery, VisionFeatures, true_names
 from .recovery_settings import RecoverySettings
 from .short_prompt import ShortPrompt, locate_placeholders
-from .transformers_names import CACHE, cache_of, the_cache
+from .transformers_names import CACHE, cache_of, is_paged, static_cache_of, the_cache
 
 
 QUESTION_INPUTS = ("question_input_ids", "question_attention_mask", "question_embeds")
@@ -100,6 +100,8 @@ class RecoverableGenerationMixin(nn.Module):
         prediction of its own. What a `Trainer` counted of them, it counted in vain: the loss is the mean over the
         targets that are left.
         """
+        if is_paged(cache):
+            kwargs["cache"], cache = cache, None
         cache = the_cache(past_key_values, cache)
         inputs = {
             "input_ids": input_ids,
@@ -122,7 +124,7 @@ class RecoverableGenerationMixin(nn.Module):
         # Read once: another thread may change it before the inner model looks.
         compress = self.config.compress if compress is None else compress
         has_images = vision_features is not None or (pixel_values is not None and compress)
-        if not has_images and not hasattr(cache, HISTORY):
+        if not has_images and CompressedHistory.of(cache) is None:
             if visual_embeds is not None:
                 inputs["visual_embeds"] = visual_embeds
             if pixel_values is not None:
@@ -243,6 +245,14 @@ class RecoverableGenerationMixin(nn.Module):
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
 
+    def _merge_criteria_processor_list(self, default_list: Any, custom_list: Any) -> Any:
+        # A callback of the caller takes the place of stock's own of the same type: that of the callback, whose wrapper
+        # has another one.
+        wrappers = {id(each.callback): each for each in custom_list if isinstance(each, OriginalPromptCallback)}
+        bare = [each.callback if isinstance(each, OriginalPromptCallback) else each for each in custom_list]
+        merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(bare))
+        return type(merged)(wrappers.get(id(each), each) for each in merged)
+
     # --------------------------------------------------------------------------------------------------------- generate
 
     @torch.no_grad()
@@ -256,6 +266,9 @@ class RecoverableGenerationMixin(nn.Module):
         synced_gpus: bool | None = None,
         assistant_model: Any = None,
         streamer: Any = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        custom_generate: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As stock `generate`, over a prompt that is compressed once, before the loop.
@@ -263,8 +276,21 @@ class RecoverableGenerationMixin(nn.Module):
         The loop runs on the short prompt. Returned sequences, the streamer and every callback of the caller see the
         original one, and `max_length` / `min_length` count it. Attentions and hidden states of the prompt have the
         short length. A returned cache can be continued with the full history or with new tokens alone.
+
+        A loop of the caller's own (`custom_generate`) gets the short prompt as well; sequences that begin with it are
+        returned with the original one instead, anything else as it is.
+
+        Args:
+            compress: instead of the config's, for this call.
+
+        Raises:
+            ValueError: if placeholders, images, questions, mask or cache do not belong together, or an option writes
+                or reads the prompt by itself (`token_healing`, `cache_implementation="paged"`), without its images.
         """
         cache = the_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        forgotten = static_cache_of(self)
+        if forgotten is not cache and hasattr(forgotten, HISTORY):
+            delattr(forgotten, HISTORY)
         options = {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -273,6 +299,9 @@ class RecoverableGenerationMixin(nn.Module):
             "synced_gpus": synced_gpus,
             "assistant_model": assistant_model,
             "streamer": streamer,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "custom_generate": custom_generate,
             **({} if cache is None else {CACHE: cache}),
         }
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -281,18 +310,25 @@ class RecoverableGenerationMixin(nn.Module):
             kwargs.get("vision_features"),
             **{name: kwargs.get(name) for name in IMAGE_OPTIONS},
         )
-        settings = self.config.recovery_settings()
+        settings = self.config.recovery_settings(kwargs.pop("compress", None))
         is_ready = kwargs.get("visual_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
-        is_off = images is None or (not settings.compress and images.vision_features is None)
+        # Pixels cannot be split into chunks nor given to any assistant: then all visual tokens are made beforehand.
+        takes_pixels = (
+            self._setting("prefill_chunk_size", generation_config, kwargs) is None and assistant_model is None
+        )
+        is_off = images is None or (not settings.compress and takes_pixels and images.vision_features is None)
         has_history = images is None and input_ids is not None and kwargs.get("inputs_embeds") is None
-        has_history = hasattr(cache, HISTORY) and (has_history or images is not None)
+        has_history = CompressedHistory.of(cache) is not None and (has_history or images is not None)
         if is_ready or (is_off and not has_history):
             if settings.compress and images is None and cache is None and not is_ready:
                 self._refuse_placeholders_without_images(input_ids, kwargs)
             if images is not None:
                 kwargs["compress"] = False
+            for name in QUESTION_INPUTS:  # an assistant would get them too
+                kwargs.pop(name, None)
             return super().generate(inputs, **options, **kwargs)
 
+        self._check_arguments(inputs, generation_config, kwargs)
         for name in ("input_ids", "pixel_values", "vision_features", *IMAGE_OPTIONS):
             kwargs.pop(name, None)
         question_inputs = {name: kwargs.pop(name, None) for name in QUESTION_INPUTS}
@@ -325,7 +361,11 @@ class RecoverableGenerationMixin(nn.Module):
                 setattr(cache, HISTORY, history)
             raise
         is_tensor = isinstance(result, torch.Tensor)
-        short_sequences = result if is_tensor else result.sequences
+        short_sequences: Any = result if is_tensor else getattr(result, "sequences", None)
+        if custom_generate is not None and not prompt.begins(short_sequences):
+            if history is not None:
+                setattr(cache, HISTORY, history)
+            return result
         cache = cache if is_tensor else cache_of(result)
         if cache is not None:
             prompt.remember(cache, short_sequences)
@@ -343,12 +383,42 @@ class RecoverableGenerationMixin(nn.Module):
                 f"The prompts have {count} image placeholders, but no images were passed: add pixel_values."
             )
 
+    def _setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+        """A field of the generation config of a call: keywords go before the config given, and this before our own."""
+        if name in kwargs:
+            return kwargs[name]
+        given = getattr(generation_config, name, None)
+        return getattr(self.generation_config, name, None) if given is None else given
+
+    def _check_arguments(
+        self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        """What stock refuses before or within its loop, or leaves images out for, is refused before ours."""
+        input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if inputs is not None and input_ids is not None:
+            raise ValueError("inputs and input_ids are two names of one argument: pass the prompt under one of them.")
+        if inputs is None and input_ids is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("There are images, but no prompt with their placeholders: pass input_ids.")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, but must be [prompts, tokens], with 0 "
+                "for padding."
+            )
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(
+                'cache_implementation="paged" generates from token ids alone, without images: leave it out.'
+            )
+        if self._setting("token_healing", generation_config, kwargs):
+            raise ValueError(
+                "token_healing=True writes the prompts anew as text, without image placeholders: leave it out, and "
+                "end prompts where a token ends."
+            )
+
     def _mask_of_padding(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
         """What stock `generate` takes for the mask where none is given: every padding token counts as padding."""
-        config = generation_config or self.generation_config
-        padding, end = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        padding, end = (self._setting(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id"))
         if padding is None or padding in (end if isinstance(end, list) else [end]):
             return None
         return (input_ids != padding).long()
@@ -365,6 +435,8 @@ class RecoverableGenerationMixin(nn.Module):
     ) -> GenerationPrompt:
         """The short prompt for the loop. Takes what it uses out of `kwargs`."""
         attention_mask, position_ids = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
+        if attention_mask is not None and len(attention_mask) != len(ids):
+            raise ValueError(f"attention_mask has {len(attention_mask)} rows, but there are {len(ids)} prompts.")
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         is_full = inputs_embeds is None
         if cached_length:
@@ -372,6 +444,10 @@ class RecoverableGenerationMixin(nn.Module):
             is_full = is_full and is_full_history(ids, attention_mask, history)
         else:
             history = CompressedHistory.empty(ids)
+            if attention_mask is not None and attention_mask.shape[1] < ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns, but the prompts have {ids.shape[1]} tokens."
+                )
         num_past = history.input_ids.shape[1] if is_full else 0
         new_ids = ids[:, num_past:]
         if new_ids.shape[1] == 0:
@@ -441,11 +517,7 @@ class RecoverableGenerationMixin(nn.Module):
             generation_config = copy.deepcopy(generation_config)
 
         def setting(name: str) -> Any:
-            if kwargs.get(name) is not None:
-                return kwargs[name]
-            in_config = getattr(generation_config, name, None)
-            own = getattr(self.generation_config, name, None)
-            return in_config if in_config is not None else own
+            return self._setting(name, generation_config, kwargs)
 
         max_length, min_length = setting("max_length"), setting("min_length")
         changed = {}
