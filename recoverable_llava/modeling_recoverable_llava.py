@@ -57,6 +57,8 @@ class LlavaFamilyMixin(RecoverableVisionMixin):
         config = self.config
         layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f'vision_feature_select_strategy must be "default" or "full", got {strategy!r}.')
         wants_states = kwargs.pop("output_hidden_states", None)
         # All of them: which states a list of indices selects differs between transformers 5.12, 5.17 and 5.23.
         outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})

@@ -11,7 +11,6 @@ B prompts, L tokens of the original prompt, S of the short one, D size of an emb
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompressed_history
 from .original_prompt import GenerationPrompt, OriginalPromptCallback
 from .recoverable_model import ImageInputs, check_placeholder_count
-from .recoverable_vision import Recovery, VisionFeatures, true_names
+from .recoverable_vision import Recovery, VisionFeatures
 from .recovery_settings import RecoverySettings
 from .short_prompt import ShortPrompt, locate_placeholders
 from .transformers_names import CACHE, cache_of, is_paged, static_cache_of, the_cache
@@ -48,14 +47,6 @@ class RecoverableGenerationMixin(nn.Module):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        inner = f"{prefix}.model" if prefix else "model"
-        yield from true_names(self.model, super().named_parameters(prefix, *args, **kwargs), inner)
-
-    def named_buffers(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        inner = f"{prefix}.model" if prefix else "model"
-        yield from true_names(self.model, super().named_buffers(prefix, *args, **kwargs), inner)
 
     def get_question_embeds(self, question_input_ids: torch.Tensor) -> torch.Tensor:
         """See `RecoverableVisionMixin.get_question_embeds`."""

@@ -371,7 +371,8 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         if is_paged(cache):
             kwargs["cache"], cache = cache, None  # type: ignore[typeddict-unknown-key]
         cache = the_cache(past_key_values, cache)
-        stock = {**kwargs, CACHE: cache}
+        # What `return_dict` asks for, here or in the config, is given at the end.
+        stock = {**kwargs, CACHE: cache, "return_dict": True}
         if visual_embeds is not None and input_ids is not None:
             embeds = self.embed(input_ids, visual_embeds)
             return super().forward(

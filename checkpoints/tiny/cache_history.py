@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .short_prompt import ShortPrompt
+from .transformers_names import num_cached_rows
 
 
 # The attribute of a cache that carries its CompressedHistory.
@@ -40,16 +41,28 @@ class CompressedHistory:
         """The history that a cache carries, cut to what the cache still holds; None if nothing in it was shortened.
 
         Raises:
-            ValueError: if the cache was cropped into a compressed prompt, or holds more than its history.
+            ValueError: if the cache was cropped into a compressed prompt, lost rows, or holds more than its history.
         """
         history = getattr(cache, HISTORY, None)
         if history is None:
             return None
+<<<<<<< HEAD
         length = int(cache.get_seq_length())
         if length == 0:  # `cache.reset()`: it may be filled with anything
             delattr(cache, HISTORY)
             return None
         return history.cropped(length)
+=======
+        num_rows, num_known = num_cached_rows(cache), len(history.input_ids)
+        if num_rows % num_known:
+            raise ValueError(
+                f"past_key_values holds {num_rows} rows, but its history {num_known}: rows were taken out. "
+                "Start from the full prompt without past_key_values."
+            )
+        if num_rows > num_known:  # `cache.batch_repeat_interleave`: one image, many questions
+            history = history.repeated(num_rows // num_known)
+        return history.cropped(int(cache.get_seq_length()))
+>>>>>>> refs/heads/breaker
 
     def extended(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short: ShortPrompt

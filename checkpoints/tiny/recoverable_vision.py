@@ -157,16 +157,10 @@ class RecoverableVisionMixin(nn.Module):
         for name, child in self.named_children():
             inner = f"{prefix}.{name}" if prefix else name
             if name in FROZEN:
-                for number, (_, module) in enumerate(child.named_modules(memo, inner, remove_duplicate)):
-                    yield f"{inner}.{number}" if number else inner, module
+                for number, (true, module) in enumerate(child.named_modules(memo, inner, remove_duplicate)):
+                    yield NumberedName(f"{inner}.{number}", true) if number else true, module
             else:
                 yield from child.named_modules(memo, inner, remove_duplicate)
-
-    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from true_names(self, super().named_parameters(prefix, *args, **kwargs), prefix)
-
-    def named_buffers(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from true_names(self, super().named_buffers(prefix, *args, **kwargs), prefix)
 
     # -------------------------------------------------------------------------------------------- what a family decides
 
@@ -419,7 +413,7 @@ class RecoverableVisionMixin(nn.Module):
             is_stock = not torch.compiler.is_compiling() and _is_stock_forward.get()
             settings = self.config.recovery_settings(compress=False if is_stock else None)
         if not settings.compress or settings.visual_token_budget is None:
-            return super().get_image_features(pixel_values, **options, **kwargs)
+            return super().get_image_features(pixel_values, **options, return_dict=True, **kwargs)
         outputs, vision = self.encode_images(
             pixel_values, settings.text_relevance, settings.attention_layer, **options, **kwargs
         )
@@ -460,17 +454,25 @@ class FrozenLinear(nn.Module):
         return module
 
 
-def true_names(vision: Any, members: Iterator[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Parameters or buffers with the names that they have in a state dict: see `named_modules`."""
-    names = {}
-    for frozen in FROZEN:
-        tower = getattr(vision, frozen, None)
-        if tower is None:  # while the stock model in front of it is built
-            continue
-        for kind in (tower.named_parameters, tower.named_buffers):
-            names.update({id(tensor): name for name, tensor in kind(f"{prefix}.{frozen}" if prefix else frozen)})
-    for name, tensor in members:
-        yield names.get(id(tensor), name), tensor
+class NumberedName(str):
+    """A module's name that reads as a number, but becomes the true one in front of a parameter's or in a text.
+
+    torch makes the names of parameters and buffers so, also those of a wrapper around the model: these, unlike the
+    modules', must be the names in the state dict.
+    """
+
+    true: str
+
+    def __new__(cls, shown: str, true: str) -> "NumberedName":
+        name = super().__new__(cls, shown)
+        name.true = true
+        return name
+
+    def __add__(self, other: str) -> str:
+        return self.true + other
+
+    def __format__(self, how: str) -> str:
+        return format(self.true, how)
 
 
 def check_question_rows(num_rows: int, **question_inputs: torch.Tensor | None) -> None:

@@ -396,6 +396,33 @@ def test_deep_copy_of_a_cache_serves_two_continuations(model, processor, first_t
         assert torch.equal(cached[:, ids.shape[1] :], uncached_second_turn(model, inputs, ids, mask))
 
 
+def test_one_cached_image_serves_a_batch_of_questions(model, processor, pictures):
+    """As in stock: `batch_repeat_interleave` makes a row for each question out of one."""
+    model.generation_config.eos_token_id = None
+    inputs = batch_of(processor, pictures, PROMPTS[:1])
+    result = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    turns = [next_turn(processor, result.sequences, f"USER: {word} ? ASSISTANT:")[0] for word in ("cat", "dog", "red")]
+    alone = [
+        model.generate(input_ids=ids, past_key_values=copy.deepcopy(result.past_key_values), **GREEDY) for ids in turns
+    ]
+    cache = copy.deepcopy(result.past_key_values)
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(model.generate(input_ids=torch.cat(turns), past_key_values=cache, **GREEDY), torch.cat(alone))
+    # By `forward`, with new tokens alone.
+    cache = copy.deepcopy(result.past_key_values)
+    cache.batch_repeat_interleave(3)
+    new = torch.cat(turns)[:, cache.compressed_history.input_ids.shape[1] :]
+    logits = model(input_ids=new, past_key_values=cache).logits[:, -1]
+    assert torch.equal(logits.argmax(-1), torch.cat(alone)[:, turns[0].shape[1]])
+
+
+def test_a_cache_that_has_lost_rows_is_refused(model, processor, first_turn):
+    inputs, result = first_turn
+    result.past_key_values.batch_select_indices(torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="holds 2 rows, but its history 3"):
+        model(input_ids=inputs["input_ids"][:2, -1:], past_key_values=result.past_key_values)
+
+
 @pytest.mark.parametrize("all_images", [False, True])
 def test_new_image_in_a_later_turn(model, processor, pictures, first_turn, all_images):
     inputs, result = first_turn

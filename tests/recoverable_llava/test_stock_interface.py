@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -160,6 +161,27 @@ def test_image_features_take_what_stock_takes(model, stock, processor, pictures,
         assert torch.equal(getattr(ours, name)[-1], getattr(theirs, name)[-1])
     model.config.return_dict = False
     assert isinstance(model.get_image_features(pixels), tuple)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_tuples_that_the_config_asks_for(model, stock, processor, pictures, compress):
+    model.config.compress = compress
+    inputs = batch_of(processor, pictures)
+    model.config.return_dict = stock.config.return_dict = False
+    ours, theirs = model.model(**inputs), stock.model(**without_question(inputs))
+    assert isinstance(ours, tuple) and [type(entry) for entry in ours] == [type(entry) for entry in theirs]
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    assert len(features.pooler_output) == len(inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+def test_an_unknown_strategy_is_refused_as_in_stock(model, stock, processor, pictures, budget):
+    model.config.visual_token_budget = budget
+    inputs = batch_of(processor, pictures)
+    calls = [partial(each.get_image_features, inputs["pixel_values"]) for each in (model, stock)]
+    for call in [*calls, partial(model, **inputs), partial(model.get_vision_features, inputs["pixel_values"])]:
+        with pytest.raises(ValueError, match=r"(?i)strategy.*first"):
+            call(vision_feature_select_strategy="first")
 
 
 # -------------------------------------------------------------------------------------------------------------- threads

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from batches import GREEDY, PROMPTS, batch_of
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -212,6 +213,30 @@ def test_what_no_loss_reaches_is_frozen_however_the_model_is_made(model, repo_fo
         }
     assert {name for name, _ in loaded.named_parameters()} <= set(loaded.state_dict())
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in loaded.state_dict().values())
+
+
+def test_a_wrapper_names_parameters_as_its_state_dict_does(model, processor, pictures):
+    wrapper = torch.nn.ModuleDict({"wrapped": model})
+    names = {name for name, _ in [*wrapper.named_parameters(), *wrapper.named_buffers()]}
+    assert set(wrapper.state_dict()) <= names
+    assert {name for name, _ in wrapper.named_parameters()} <= set(wrapper.state_dict())
+    assert all(type(name) is str for name in names)
+    for name, parameter in wrapper.named_parameters():
+        assert wrapper.get_parameter(name) is parameter
+    # torch's distributed checkpoints look every parameter up by its name.
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW(p for p in wrapper.parameters() if p.requires_grad)
+    inputs = batch_of(processor, pictures)
+    model(**inputs, labels=copied_labels(inputs)).loss.backward()
+    optimizer.step()
+    weights, moments = get_state_dict(wrapper, optimizer)
+    set_state_dict(wrapper, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    assert set(weights) == set(wrapper.state_dict())
+
+
+def test_embeddings_are_left_out_of_the_count_of_parameters_as_in_stock(model):
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - embeddings
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks for it
