@@ -46,13 +46,10 @@ class CompressedHistory:
         history = getattr(cache, HISTORY, None)
         if history is None:
             return None
-<<<<<<< HEAD
         length = int(cache.get_seq_length())
         if length == 0:  # `cache.reset()`: it may be filled with anything
             delattr(cache, HISTORY)
             return None
-        return history.cropped(length)
-=======
         num_rows, num_known = num_cached_rows(cache), len(history.input_ids)
         if num_rows % num_known:
             raise ValueError(
@@ -61,8 +58,7 @@ class CompressedHistory:
             )
         if num_rows > num_known:  # `cache.batch_repeat_interleave`: one image, many questions
             history = history.repeated(num_rows // num_known)
-        return history.cropped(int(cache.get_seq_length()))
->>>>>>> refs/heads/breaker
+        return history.cropped(length)
 
     def extended(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short: ShortPrompt
