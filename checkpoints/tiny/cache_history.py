@@ -46,6 +46,10 @@ class CompressedHistory:
         history = getattr(cache, HISTORY, None)
         if history is None:
             return None
+        cached_length = int(cache.get_seq_length())
+        if cached_length == 0:  # `cache.reset()`: it is filled anew
+            delattr(cache, HISTORY)
+            return None
         num_rows, num_known = num_cached_rows(cache), len(history.input_ids)
         if num_rows % num_known:
             raise ValueError(
@@ -54,7 +58,7 @@ class CompressedHistory:
             )
         if num_rows > num_known:  # `cache.batch_repeat_interleave`: one image, many questions
             history = history.repeated(num_rows // num_known)
-        return history.cropped(int(cache.get_seq_length()))
+        return history.cropped(cached_length)
 
     def extended(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, short: ShortPrompt
