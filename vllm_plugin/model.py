@@ -177,11 +177,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
             (tower.sub(f"vision.vision_tower.{here}", name), weight)
             for name, weight in self.hf_to_vllm_mapper.apply(weights)
         )
-        loaded = AutoWeightsLoader(self).load_weights(renamed)
-        # The vision half shows its frozen layers under numbers to whoever holds it. vLLM asks for what it is shown.
-        true_names = {id(parameter): f"vision.{name}" for name, parameter in self.vision.named_parameters()}
-        shown = {name for name, parameter in self.named_parameters() if true_names.get(id(parameter)) in loaded}
-        return loaded | shown
+        return AutoWeightsLoader(self).load_weights(renamed)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(

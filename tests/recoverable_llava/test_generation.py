@@ -416,6 +416,26 @@ def test_one_cached_image_serves_a_batch_of_questions(model, processor, pictures
     assert torch.equal(logits.argmax(-1), torch.cat(alone)[:, turns[0].shape[1]])
 
 
+@pytest.mark.parametrize("second", ["images", "text"])
+def test_a_static_cache_that_was_reset_is_empty(model, processor, pictures, second):
+    inputs = batch_of(processor, pictures)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=100)
+    model(**inputs, past_key_values=cache)
+    cache.reset()
+    if second == "text":
+        inputs = processor(text=["USER: why ? ASSISTANT:"] * 3, return_tensors="pt")
+    logits = model(**inputs, past_key_values=cache).logits[:, -1:]
+    torch.testing.assert_close(logits, model(**inputs).logits[:, -1:], rtol=1e-4, atol=1e-4)
+    ids, mask = logits.argmax(-1), inputs["attention_mask"]
+    longer = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
+        "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1),
+    }
+    step = model(input_ids=ids, attention_mask=longer["attention_mask"], past_key_values=cache).logits
+    torch.testing.assert_close(step, model(**longer).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_that_has_lost_rows_is_refused(model, processor, first_turn):
     inputs, result = first_turn
     result.past_key_values.batch_select_indices(torch.tensor([2, 0]))
