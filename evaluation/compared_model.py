@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
@@ -19,7 +18,7 @@ from evaluation.peers import SelectionRule
 from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaModel
 from recoverable_llava.clip_scores import class_attention, read_layer, relevance_embeddings
 from recoverable_llava.recoverable_vision import ScoredImages
-from recoverable_llava.recovery_settings import TEXT_RELEVANCES
+from recoverable_llava.recovery_settings import TEXT_RELEVANCES, RecoverySettings
 from recoverable_llava.selection import Selection
 from recoverable_llava.token_assembly import Assembly
 from recoverable_llava.transformers_names import encoder_of
@@ -47,7 +46,11 @@ class RuledSelection(Selection):
 
     @property
     def num_merged(self) -> torch.Tensor:
-        return self.assembly.token_mask.sum(1) - self.num_visual
+        return self.num_tokens - self.num_visual
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        return self.assembly.token_mask.sum(1)
 
 
 class ComparedModel(RecoverableLlavaModel):
@@ -59,7 +62,7 @@ class ComparedModel(RecoverableLlavaModel):
     selector_seconds: float = 0.0
     num_tokens: torch.Tensor | None = None  # [I] of the last choice
 
-    def select(self, images: ScoredImages, settings: SimpleNamespace) -> Selection:
+    def select(self, images: ScoredImages, settings: RecoverySettings) -> Selection:
         with self._timed(images.vision.patches.device):
             if self.rule is None:
                 selection = super().select(images, settings)
@@ -69,7 +72,7 @@ class ComparedModel(RecoverableLlavaModel):
         return selection
 
     def assemble(
-        self, selection: Selection, images: ScoredImages, settings: SimpleNamespace, num_tokens: int, num_merged: int
+        self, selection: Selection, images: ScoredImages, settings: RecoverySettings, num_tokens: int, num_merged: int
     ) -> Assembly:
         if isinstance(selection, RuledSelection):
             return selection.assembly
