@@ -153,7 +153,7 @@ def test_features_that_do_not_fit_are_computed_again(engine, reference, scenes, 
     expected = [reference(user_prompt(question), [image], 33) for image, question in cases]
     requests = [request(user_prompt(question), [image], visual_token_budget=33) for image, question in cases]
     cache = engine.apply_model(lambda model: model.vision_features_cache)[0]
-    for_one, for_none = (LRUCache(size, getsizeof=num_bytes) for size in (2 * 10**6, 10**6))
+    for_one, for_none = (LRUCache(size, getsizeof=num_bytes) for size in (4 * 10**6, 10**6))
     try:
         for small, kept in ((for_one, 1), (for_none, 0)):
             forget(engine)
