@@ -207,15 +207,22 @@ class RecoverableModelMixin(RecoverableVisionMixin):
         settings: RecoverySettings,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        may_be_short: bool = True,
         **question_inputs: torch.Tensor | None,
     ) -> tuple[ShortPrompt, torch.Tensor, ImageTokens]:
         """The short prompt of a batch, its visual tokens [B, S, D], zero where there is text, and those of each image.
+
+        Args:
+            may_be_short: False where `is_short` has said no, which may have waited for the device to count.
 
         Raises:
             ValueError: if the placeholders do not match the images.
         """
         counts = self.full_counts(images, input_ids.device)
-        road = self.prompt_road(input_ids, images, counts, settings)
+        if may_be_short:
+            road = self.prompt_road(input_ids, images, counts, settings)
+        else:
+            road = Road.COMPRESSED if settings.compress else Road.ALL_TOKENS
         if road is Road.SHORT:
             short = ShortPrompt.unchanged(input_ids, attention_mask, position_ids)
             return short, *self.embed_short_prompt(input_ids, images, settings, **question_inputs)
@@ -440,7 +447,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
                 "attention_mask must have shape [batch, length] where visual tokens are dropped, as a mask over pairs "
                 "of positions cannot follow. Pass a mask of that shape, or set config.compress = False."
             )
-        cache = stock[CACHE]
+        cache, was_continued = stock[CACHE], history is not None  # else `forward` has asked whether the prompt is short
         cached_length = 0 if cache is None else int(cache.get_seq_length())
         if cached_length and history is None:
             history = uncompressed_history(ids, cached_length, attention_mask)
@@ -450,7 +457,7 @@ class RecoverableModelMixin(RecoverableVisionMixin):
             short = ShortPrompt.unchanged(ids, new_mask, position_ids)
         else:
             short, visual_embeds, image_tokens = self.compress_prompt(
-                ids, images, settings, new_mask, position_ids, **question_inputs
+                ids, images, settings, new_mask, position_ids, may_be_short=was_continued, **question_inputs
             )
         text_embeds = None if inputs_embeds is None else short.of_original(inputs_embeds)
 

@@ -454,7 +454,7 @@ class RecoverableGenerationMixin(nn.Module):
             short, visual_embeds = ShortPrompt.unchanged(new_ids, new_mask), None
         else:
             short, visual_embeds, _ = self.model.compress_prompt(
-                new_ids, images, settings, new_mask, new_positions, **question_inputs
+                new_ids, images, settings, new_mask, new_positions, may_be_short=cached_length > 0, **question_inputs
             )
         if position_ids is not None and not cached_length:
             kwargs["position_ids"] = short.position_ids
