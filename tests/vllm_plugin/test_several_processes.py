@@ -40,8 +40,9 @@ def repo(tmp_path):
 def questions(server, reference, image, budget, texts):
     """The largest difference to transformers over questions that are asked at once."""
     options = {"extra_body": {"mm_processor_kwargs": {"visual_token_budget": budget}}}
+    picture = url_part(image)  # once: a file that Pillow has yet to read is no thing for several threads
     with ThreadPoolExecutor(4) as clients:
-        got = list(clients.map(lambda text: server.ask(user(url_part(image), text), **options), texts))
+        got = list(clients.map(lambda text: server.ask(user(picture, text), **options), texts))
     expected = [reference.chat(user(for_transformers(image), text), [image], budget) for text in texts]
     return max(one.difference(two) for one, two in zip(got, expected, strict=True))
 
