@@ -7,6 +7,7 @@ them without `trust_remote_code`; from a Hub repo, remote code does the same wit
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_recoverable_llava import RecoverableLlavaConfig
+from .configuration_recoverable_llava_next import RecoverableLlavaNextConfig
 from .modeling_recoverable_llava import (
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
@@ -14,19 +15,35 @@ from .modeling_recoverable_llava import (
     Recovery,
     VisionFeatures,
 )
+from .modeling_recoverable_llava_next import RecoverableLlavaNextForConditionalGeneration, RecoverableLlavaNextModel
 from .processing_recoverable_llava import RecoverableLlavaProcessor
+from .processing_recoverable_llava_next import RecoverableLlavaNextProcessor
 
 
-AutoConfig.register(RecoverableLlavaConfig.model_type, RecoverableLlavaConfig)
-AutoModel.register(RecoverableLlavaConfig, RecoverableLlavaModel)
-AutoModelForImageTextToText.register(RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration)
-AutoModelForMultimodalLM.register(RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration)
-AutoProcessor.register(RecoverableLlavaConfig, RecoverableLlavaProcessor)
-# `save_pretrained` and `push_to_hub` of these classes write their code next to the weights.
-RecoverableLlavaConfig.register_for_auto_class()
-RecoverableLlavaModel.register_for_auto_class("AutoModel")
-RecoverableLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-RecoverableLlavaProcessor.register_for_auto_class()
+for config, model, whole_model, processor in (
+    (
+        RecoverableLlavaConfig,
+        RecoverableLlavaModel,
+        RecoverableLlavaForConditionalGeneration,
+        RecoverableLlavaProcessor,
+    ),
+    (
+        RecoverableLlavaNextConfig,
+        RecoverableLlavaNextModel,
+        RecoverableLlavaNextForConditionalGeneration,
+        RecoverableLlavaNextProcessor,
+    ),
+):
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoModelForImageTextToText.register(config, whole_model)
+    AutoModelForMultimodalLM.register(config, whole_model)
+    AutoProcessor.register(config, processor)
+    # `save_pretrained` and `push_to_hub` of these classes write their code next to the weights.
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    whole_model.register_for_auto_class("AutoModelForImageTextToText")
+    processor.register_for_auto_class()
 
 __version__ = "0.1.0"
 
@@ -34,6 +51,10 @@ __all__ = [
     "RecoverableLlavaConfig",
     "RecoverableLlavaForConditionalGeneration",
     "RecoverableLlavaModel",
+    "RecoverableLlavaNextConfig",
+    "RecoverableLlavaNextForConditionalGeneration",
+    "RecoverableLlavaNextModel",
+    "RecoverableLlavaNextProcessor",
     "RecoverableLlavaProcessor",
     "RecoverableLlavaVisionModel",
     "Recovery",

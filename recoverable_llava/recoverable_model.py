@@ -58,9 +58,9 @@ class Road(Enum):
 class ImageInputs:
     """The images of a call: pixels, or what one pass of the vision tower made of them earlier."""
 
-    pixel_values: Any  # [I, 3, H, W], or None
+    pixel_values: Any  # [I, 3, H, W], or as the family has them, or None
     vision_features: VisionFeatures | None
-    options: dict[str, Any]  # `vision_feature_layer` and the like
+    options: dict[str, Any]  # `vision_feature_layer` and the like; `image_sizes` as numbers on the host
 
     @classmethod
     def of(
@@ -69,15 +69,19 @@ class ImageInputs:
         """None if there are no images."""
         if pixel_values is None and vision_features is None:
             return None
-        return cls(pixel_values, vision_features, {name: v for name, v in options.items() if v is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        if "image_sizes" in given:
+            given["image_sizes"] = sizes_on_host(given["image_sizes"])
+        return cls(pixel_values, vision_features, given)
 
     def only(self, mask: torch.Tensor) -> "ImageInputs | None":
         """The images whose entry of `mask` [I] is True; None if there are none. Waits for the device."""
-        if not bool(mask.any()):
+        is_meant = mask.tolist()
+        if not any(is_meant):
             return None
         options = dict(self.options)
         if "image_sizes" in options:
-            options["image_sizes"] = options["image_sizes"][mask.to(options["image_sizes"].device)]
+            options["image_sizes"] = [size for size, meant in zip(options["image_sizes"], is_meant) if meant]
         return ImageInputs(self.pixel_values[mask.to(self.pixel_values.device)], None, options)
 
     def __len__(self) -> int:
@@ -114,6 +118,12 @@ class ImageTokens:
         is_own = torch.arange(self.tokens.shape[1]) < torch.tensor(self.counts)[:, None]
         own = first_true(is_own.flatten()[None], sum(self.counts))[0]
         return every.index_select(0, own.to(every.device, non_blocking=True))
+
+
+def sizes_on_host(image_sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) of each image, of [I, 2] `image_sizes`: a tensor or lists. Shapes depend on them, as in stock."""
+    rows = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    return [(int(height), int(width)) for height, width in rows]
 
 
 class RecoverableModelMixin(RecoverableVisionMixin):

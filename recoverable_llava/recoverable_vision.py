@@ -18,7 +18,7 @@ I images, R questions, N patches, C channels, K kept tokens, T question tokens, 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from .clip_scores import ReadableEncoderLayer, class_attention, read_layer, rele
 from .novelty_selection import cosine_distance, select_by_novelty
 from .paper_selection import select_by_outliers
 from .recovery_settings import RecoverySettings
-from .selection import Selection
+from .selection import Selection, join
 from .token_assembly import Assembly, assemble_tokens, gather_tokens
 from .transformers_names import encoder_of, register_checkpoint_layouts, warn_if_untested
 
@@ -43,6 +43,9 @@ logger = logging.get_logger(__name__)
 # Whether a stock forward is running in this thread: that asks `get_image_features` for the features of all patches, and
 # has no way to say so.
 _is_stock_forward: ContextVar[bool] = ContextVar("recoverable_llava_stock_forward", default=False)
+
+# Of patches, for which a selection compares every two: 2 ** 25 distances are 128 MiB, a few images of five tiles.
+PAIRS_AT_ONCE = 2**25
 
 # What this adds to a model. Nothing of it is ever trained: a selection has no gradient.
 FROZEN = ("question_tower", "visual_projection")
@@ -60,10 +63,17 @@ class VisionFeatures:
     last_hidden_state: Any = None  # [I, 1 + N, C] of the tower, as stock returns it
     valid: torch.Tensor | None = None  # [I, N] bool, False for patches that hold no picture; None means all True
     distance: Any = None  # [I, N, N] float32 between patches, once `with_distance` has added it
+    tiles: Any = None  # of each image, in families that cut images into tiles (image_tiles.py)
 
     @property
     def num_class_tokens(self) -> int:
         return 0 if self.class_tokens is None else 1
+
+    def rows(self, some: slice) -> "VisionFeatures":
+        """The features of some of the images, without what the tower returned for all."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        of_images = {name: value[some] for name, value in given.items() if value is not None}
+        return replace(self, **of_images | {"last_hidden_state": None})
 
     def with_class_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [I, K, C] behind the class token, where the strategy is "full"."""
@@ -90,6 +100,11 @@ class ScoredImages:
     vision: VisionFeatures
     text_scores: torch.Tensor | None  # [I, N] relevance to the question; None where no image has a question
     has_question: torch.Tensor | None  # [I] bool
+
+    def rows(self, some: slice) -> "ScoredImages":
+        """Some of the images."""
+        scores = (None if value is None else value[some] for value in (self.text_scores, self.has_question))
+        return ScoredImages(self.vision.rows(some), *scores)
 
 
 @dataclass(frozen=True)
@@ -207,16 +222,37 @@ class RecoverableVisionMixin(nn.Module):
             **options,
         )[1]
 
-    def read_tower(
-        self, hidden_states: tuple[torch.Tensor, ...], text_relevance: str, attention_layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Class attention [I, N], keys [I, N, C] and relevance embeddings [I, N, D], off the tower's hidden states."""
+    def read_images(
+        self,
+        pixel_values: torch.Tensor,
+        text_relevance: str,
+        attention_layer: int,
+        vision_feature_layer: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One pass of the vision tower over pixels [I, 3, H, W], and what is read off its hidden states.
+
+        Returns:
+            Its outputs as stock returns them, features [I, 1 + N, C] (the class token first), class attention [I, N],
+            keys [I, N, C] and relevance embeddings [I, N, D].
+        """
+        config = self.config
+        layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        wants_states = kwargs.pop("output_hidden_states", None)
+        # All of them: which states a list of indices selects differs between transformers 5.12, 5.17 and 5.23.
+        outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
+        states = outputs.hidden_states
+        features = torch.cat([states[index] for index in ([layer] if isinstance(layer, int) else layer)], dim=-1)
         encoder = encoder_of(self.vision_tower)
         number = attention_layer % len(encoder.encoder.layers)
         with torch.no_grad():
-            scores, keys = read_layer(encoder.encoder.layers[number], hidden_states[number], class_attention)
-            embeds = relevance_embeddings(encoder, self.visual_projection, hidden_states, text_relevance)
-        return scores, keys, embeds
+            scores, keys = read_layer(encoder.encoder.layers[number], states[number], class_attention)
+            embeds = relevance_embeddings(encoder, self.visual_projection, states, text_relevance)
+        if not (config.output_hidden_states if wants_states is None else wants_states):
+            outputs.hidden_states = None
+        # A device_map may put a layer elsewhere.
+        scores, keys, embeds = (each.to(features.device) for each in (scores, keys, embeds))
+        return outputs, features, scores, keys, embeds
 
     def embed_questions(
         self,
@@ -268,7 +304,19 @@ class RecoverableVisionMixin(nn.Module):
         return ScoredImages(vision, text_scores, questions.present.to(device))
 
     def select(self, images: ScoredImages, settings: RecoverySettings) -> Selection:
-        """Which patches of each image stay."""
+        """Which patches of each image stay.
+
+        Tables of all pairs of patches are made for so many images at once as `PAIRS_AT_ONCE` lets.
+        """
+        num_images, num_patches = images.vision.visual_scores.shape
+        at_once = max(PAIRS_AT_ONCE // num_patches**2, 1)
+        if num_images <= at_once:
+            return self.select_at_once(images, settings)
+        starts = range(0, num_images, at_once)
+        return join([self.select_at_once(images.rows(slice(start, start + at_once)), settings) for start in starts])
+
+    def select_at_once(self, images: ScoredImages, settings: RecoverySettings) -> Selection:
+        """`select` of images whose pairs of patches fit into memory together."""
         vision = images.vision
         given = (images.text_scores, images.has_question, vision.valid)
         limit, budget = (
@@ -364,7 +412,11 @@ class RecoverableVisionMixin(nn.Module):
             settings: the call's hyperparameters.
             sizes: reads K and M, the most tokens and merged tokens of an image, off the selection: the place for a
                 caller's one copy to the host. None takes the budget's, which needs no copy.
+
+        Raises:
+            ValueError: if the budget is larger than an image.
         """
+        check_budget(vision, settings)
         images = self.score(vision, questions)
         selection = self.select(images, settings)
         if sizes is None:
@@ -482,6 +534,20 @@ def check_question_rows(num_rows: int, **question_inputs: torch.Tensor | None) -
             raise ValueError(
                 f"{name} has {len(rows)} rows, but there are {num_rows} rows to guide: pass one question per prompt "
                 "(get_image_features: one per image)."
+            )
+
+
+def check_budget(vision: VisionFeatures, settings: RecoverySettings) -> None:
+    """Raise a ValueError if an image that was cut into tiles has fewer patches than the budget asks for.
+
+    Where all images have N patches, the check of the settings has said so already.
+    """
+    budget = settings.visual_token_budget
+    for number, tiles in enumerate(vision.tiles or ()):
+        if budget is not None and budget > tiles.num_patches:
+            raise ValueError(
+                f"visual_token_budget is {budget}, but image {number} of the batch has only {tiles.num_patches} "
+                "patches: lower it, leave it out (adaptive mode), or pass a picture that is less narrow."
             )
 
 

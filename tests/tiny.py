@@ -11,16 +11,31 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 
 IMAGE_SIZE, PATCH_SIZE = 84, 14
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 36
+PINPOINTS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
+FAMILIES = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, CLIPImageProcessorPil, {}),
+    "llava_next": (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+        LlavaNextImageProcessorPil,
+        {"image_grid_pinpoints": PINPOINTS},
+    ),
+}
 LANGUAGE_MODELS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 # Local outlier factors need fewer neighbours than there are patches.
 RECOVERY = {
@@ -101,9 +116,11 @@ def save_tiny_llava(
     clip: str | Path,
     seed: int = 1,
     language_model: str = "llama",
+    family: str = "llava",
     **config_settings: object,
 ) -> None:
     """A stock LLaVA whose vision tower is that of the CLIP checkpoint `clip`."""
+    config_class, model_class, processor_class, image_processor_class, tiling = FAMILIES[family]
     tokenizer = llava_tokenizer()
     clip_model = CLIPModel.from_pretrained(clip)
     text_config = LANGUAGE_MODELS[language_model](
@@ -118,23 +135,24 @@ def save_tiny_llava(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = LlavaConfig(
+    config = config_class(
         vision_config=clip_model.config.vision_config,
         text_config=text_config,
         image_token_index=tokenizer.image_token_id,
         image_seq_length=NUM_PATCHES,
+        **tiling,
         **config_settings,
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    model = model_class(config)
     _spread_weights(model)
     model.model.vision_tower.load_state_dict(clip_model.vision_model.state_dict())
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor_class(
+        image_processor=image_processor_class(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **tiling
         ),
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,

@@ -54,25 +54,18 @@ class LlavaFamilyMixin(RecoverableVisionMixin):
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
-        config = self.config
-        layer = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f'vision_feature_select_strategy must be "default" or "full", got {strategy!r}.')
-        wants_states = kwargs.pop("output_hidden_states", None)
-        # All of them: which states a list of indices selects differs between transformers 5.12, 5.17 and 5.23.
-        outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-        states = outputs.hidden_states
-        features = torch.cat([states[index] for index in ([layer] if isinstance(layer, int) else layer)], dim=-1)
-        visual_scores, keys, embeds = self.read_tower(states, text_relevance, attention_layer)
-        if not (config.output_hidden_states if wants_states is None else wants_states):
-            outputs.hidden_states = None
+        outputs, features, visual_scores, keys, embeds = self.read_images(
+            pixel_values, text_relevance, attention_layer, vision_feature_layer, **kwargs
+        )
         vision = VisionFeatures(
             patches=features[:, 1:],
             class_tokens=features[:, :1] if strategy == "full" else None,
-            visual_scores=visual_scores.to(features.device),  # a device_map may put a layer elsewhere
-            keys=keys.to(features.device),
-            relevance_embeds=embeds.to(features.device),
+            visual_scores=visual_scores,
+            keys=keys,
+            relevance_embeds=embeds,
             last_hidden_state=outputs.last_hidden_state,
         )
         return outputs, vision

@@ -3,7 +3,8 @@
 B images, N patches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -43,6 +44,16 @@ class Selection:
         """[B] long: all visual tokens of an image but its class token."""
         num_tokens = self.chosen.sum(1) + self.merges_remaining
         return num_tokens if self.centres is None else num_tokens + self.centres.sum(1)
+
+
+def join(selections: list[Selection]) -> Selection:
+    """The selections of several batches of images as one."""
+
+    def joined(name: str) -> Any:
+        values = [getattr(each, name) for each in selections]
+        return None if values[0] is None else torch.cat(values)
+
+    return Selection(**{field.name: joined(field.name) for field in fields(Selection)})
 
 
 def check_scores(

@@ -8,28 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
-from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
-from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
+from .families import family_of
 
 
-def combine(
-    llava: str, clip: str, *, dtype: str | torch.dtype = "auto", **recovery_settings: Any
-) -> tuple[RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor]:
+def combine(llava: str, clip: str, *, dtype: str | torch.dtype = "auto", **recovery_settings: Any) -> tuple[Any, Any]:
     """The combined model and its processor; no weight of either checkpoint changes.
 
     Args:
-        llava: folder or repo id of a stock LLaVA checkpoint with its processor.
+        llava: folder or repo id of a stock LLaVA or LLaVA-NeXT checkpoint with its processor.
         clip: folder or repo id of the CLIP model that its vision tower comes from, with its tokenizer.
         dtype: as in `from_pretrained`.
-        recovery_settings: fields of `RecoverableLlavaConfig`.
+        recovery_settings: fields of `RecoverySettings`.
 
     Raises:
         ValueError: if a checkpoint loads with missing, unexpected or mismatched keys, or the two do not fit.
     """
-    stock = _load_completely(LlavaForConditionalGeneration, llava, dtype)
+    family = family_of(AutoConfig.from_pretrained(llava).model_type)
+    stock = _load_completely(family.stock_model_class, llava, dtype)
     clip_model = _load_completely(CLIPModel, clip, stock.dtype)
     ours, theirs = stock.config.vision_config.hidden_size, clip_model.config.vision_config.hidden_size
     if ours != theirs:
@@ -43,8 +40,8 @@ def combine(
     settings = stock.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "custom_pipelines", "transformers_version"):
         settings.pop(name, None)
-    config = RecoverableLlavaConfig(**settings, question_config=question_config.to_dict(), **recovery_settings)
-    model = RecoverableLlavaForConditionalGeneration._from_config(config, dtype=stock.dtype)
+    config = family.config_class(**settings, question_config=question_config.to_dict(), **recovery_settings)
+    model = family.model_class._from_config(config, dtype=stock.dtype)
     weights = {
         **stock.state_dict(),
         **{f"model.question_tower.text_model.{k}": v for k, v in clip_model.text_model.state_dict().items()},
@@ -57,9 +54,7 @@ def combine(
     return model, combine_processors(llava, clip, config)
 
 
-def combine_processors(
-    llava: str | Path, clip: str | Path, config: RecoverableLlavaConfig, chat_template: str | None = None
-) -> RecoverableLlavaProcessor:
+def combine_processors(llava: str | Path, clip: str | Path, config: Any, chat_template: str | None = None) -> Any:
     """LLaVA's image processor and tokenizer, and CLIP's tokenizer for the question, for the model of `config`.
 
     Args:
@@ -71,7 +66,8 @@ def combine_processors(
     Raises:
         ValueError: if patches, vocabulary or the end of a question are not those of `config`.
     """
-    stock = LlavaProcessor.from_pretrained(llava)
+    family = family_of(config.model_type)
+    stock = family.stock_processor_class.from_pretrained(llava)
     patch_size = config.vision_config.patch_size
     if stock.patch_size not in (None, patch_size):
         raise ValueError(
@@ -99,7 +95,7 @@ def combine_processors(
     for part in (stock.image_processor, stock.tokenizer, question_tokenizer):
         for name in ("auto_map", "_auto_map"):
             vars(part).pop(name, None)
-    return RecoverableLlavaProcessor(
+    return family.processor_class(
         image_processor=stock.image_processor,
         tokenizer=stock.tokenizer,
         question_tokenizer=question_tokenizer,
