@@ -76,12 +76,13 @@ class TileGrids:
 
     @classmethod
     def of(cls, images: Sequence[ImageTiles], device: torch.device) -> "TileGrids":
-        """One small copy to the device, which nothing waits for."""
+        """One small copy to the device, which the host does not wait for."""
         numbers, first_tile = [], 0
         for tiles in images:
             numbers.append([tiles.rows, tiles.columns, tiles.top, tiles.left, tiles.tile_columns, first_tile])
             first_tile += tiles.num_tiles
-        rows, columns, top, left, tile_columns, first = torch.tensor(numbers, device=device)[:, :, None].unbind(1)
+        columns_of_numbers = torch.tensor(numbers).to(device, non_blocking=True)[:, :, None].unbind(1)
+        rows, columns, top, left, tile_columns, first = columns_of_numbers
         return cls(rows, columns, top, left, tile_columns, first, images[0].grid_width)
 
     @property

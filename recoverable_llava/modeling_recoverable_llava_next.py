@@ -48,7 +48,7 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
         else:
             tiles = images.vision_features.tiles
         counts = [each.num_tokens for each in tiles]
-        return FullCounts(torch.tensor(counts, device=device), max(counts), sum(counts))
+        return FullCounts(torch.tensor(counts).to(device, non_blocking=True), max(counts), sum(counts))
 
     def tiles_of(self, pixel_values: torch.Tensor, image_sizes: Any) -> list[ImageTiles]:
         """How each image is cut into tiles.
@@ -158,7 +158,7 @@ def without_empty_tiles(pixel_values: torch.Tensor, tiles: list[ImageTiles]) -> 
     if all(each.num_tiles == num_columns for each in tiles):
         return every
     index = [row * num_columns + number for row, each in enumerate(tiles) for number in range(each.num_tiles)]
-    return every[torch.tensor(index, device=every.device)]
+    return every[torch.tensor(index).to(every.device, non_blocking=True)]
 
 
 class RecoverableLlavaNextModel(LlavaNextFamilyMixin, RecoverableModelMixin, LlavaNextModel):
