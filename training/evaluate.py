@@ -24,7 +24,7 @@ from .scenes import IMAGE_SIZE
 
 
 RETRIEVAL_BATCH = 256
-BLOCK = 500  # questions of one job
+BLOCK = 150  # questions of one job
 PARTS = ("test", "retrieval_top1", "combination", "seconds_per_answer_cpu")
 THREADS = 1  # of one job: drawing a scene does not gain from more
 

@@ -182,18 +182,14 @@ class TrainingModel(nn.Module):
                 nn.init.normal_(layer.self_attn.q_proj.weight, std=self.size.language_width**-0.5)
                 layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
-    def compile_parts(self, dynamic: bool | None = None) -> None:
-        """Compiles the layers (one graph for all layers of a tower), the renderer and the dense loss.
-
-        Args:
-            dynamic: as in torch.compile; True where batches differ in shape.
-        """
+    def compile_parts(self) -> None:
+        """Compiles the layers (one graph for all layers of a tower), the renderer and the dense loss."""
         text = getattr(self.question_tower.text_model, "text_model", self.question_tower.text_model)
         for tower in (self.llava.model.vision_tower.encoder, self.llava.model.language_model, text.encoder):
             for layer in tower.layers:
-                layer.compile(dynamic=dynamic)
-        self.render = torch.compile(self.render, dynamic=dynamic)
-        self.dense_loss = torch.compile(self.dense_loss, dynamic=dynamic)
+                layer.compile()
+        self.render = torch.compile(self.render)
+        self.dense_loss = torch.compile(self.dense_loss)
 
     def vision(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """LLaVA's visual features [B, N, C] (layer -2, no class token) and CLIP's image embedding [B, P]."""

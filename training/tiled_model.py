@@ -98,12 +98,18 @@ class TiledTrainingModel(TrainingModel):
         nn.init.zeros_(self.llava.model.image_newline)  # harmless to a language model that has never seen it
         self.question_tower.requires_grad_(False)
         self.visual_projection.requires_grad_(False)
-        self.views = picture_views
         self.layout = lru_cache(self._layout)
         self.windows = lru_cache(self._windows)
 
     def build_llava(self) -> nn.Module:
         return LlavaNextForConditionalGeneration(llava_next_config(self.size))
+
+    def compile_parts(self) -> None:
+        """Compiles the trained layers and the renderer, once for all shapes; the rest is not worth the wait."""
+        for tower in (self.llava.model.vision_tower.encoder, self.llava.model.language_model):
+            for layer in tower.layers:
+                layer.compile(dynamic=True)
+        self.render = torch.compile(self.render, dynamic=True)
 
     def start_from(self, trained: TrainingModel) -> None:
         """Takes all weights of a LLaVA-1.5, which has no new line."""
@@ -134,7 +140,7 @@ class TiledTrainingModel(TrainingModel):
         seen = tiling(*batch["picture_size"])
         height, width = seen.canvas
         with torch.no_grad():
-            views = self.views(self.render(batch, constants, height, width), seen)
+            views = picture_views(self.render(batch, constants, height, width), seen)
             patches = IMAGE_SIZE // self.size.patch_size
             targets, _ = patch_targets(batch, constants, patches, self.windows(seen), height, width)
             targets = targets.unflatten(0, views.shape[:2])

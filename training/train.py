@@ -165,7 +165,6 @@ def train(options: TrainingOptions) -> TrainingModel:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     model = _new_model(options).to(device)
-    tiled = isinstance(model, TiledTrainingModel)
     maker_class = FAMILIES[options.family][1]
     constants = renderer_constants(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -183,7 +182,7 @@ def train(options: TrainingOptions) -> TrainingModel:
             f"{folder} has weights but no state.pt to go on from: name another folder, or put state.pt back"
         )
     if options.compile:
-        model.compile_parts(dynamic=tiled or None)
+        model.compile_parts()
     last = options.steps if options.steps is not None else 10**7
     batches = Batches("train", options.batch_size, progress.step, last, rank, ranks, options.seed, maker_class)
     loader = iter(
