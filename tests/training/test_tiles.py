@@ -161,3 +161,20 @@ def test_captions_fit_the_question_tower(scenes):
 
 def test_resolutions_are_stocks_own():
     assert LlavaNextConfig().image_grid_pinpoints == PINPOINTS
+
+
+def test_a_batch_is_its_scenes_alone():
+    """Pictures and targets, also under autocast, in which they are drawn in training."""
+    maker, constants = TiledBatchMaker("train"), renderer_constants()
+    batch = maker(list(range(15)))
+    seen = tiling(*batch["picture_size"])
+    windows = torch.tensor(seen.windows)
+    with torch.autocast("cpu", torch.bfloat16):
+        pictures = render(batch, constants, *seen.canvas)
+        targets, _ = patch_targets(batch, constants, 24, windows, *seen.canvas)
+    assert len(pictures) == 15 // seen.views > 1
+    for row in range(len(pictures)):
+        one = _tensors(maker.scene(row)[0])
+        assert torch.equal(pictures[row], render(one, constants, *seen.canvas)[0])
+        alone, _ = patch_targets(one, constants, 24, windows, *seen.canvas)
+        assert torch.equal(targets[row * seen.views : (row + 1) * seen.views], alone)
