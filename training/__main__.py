@@ -22,7 +22,8 @@ def _arguments() -> argparse.Namespace:
         if isinstance(item.default, bool):
             trainer.add_argument(name, action=argparse.BooleanOptionalAction, default=item.default)
         else:
-            kind = {"minutes": float, "steps": int, "stop_at_step": int}.get(item.name) or type(item.default)
+            optional = {"minutes": float, "steps": int, "stop_at_step": int, "base": str}
+            kind = optional.get(item.name) or type(item.default)
             trainer.add_argument(name, type=kind, default=item.default)
     exporter = commands.add_parser("export", help="write stock LLaVA and CLIP folders, and the Hub repo made of both")
     exporter.add_argument("--run", default="runs/tiny", help="folder of the training run, or of a checkpoint")

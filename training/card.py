@@ -18,22 +18,23 @@ tags:
 - visual-token-compression
 ---
 
-# Tiny LLaVA with recoverable compression
+# Tiny {family} with recoverable compression
 
-A small but genuine LLaVA, trained from scratch by the recipe in this project's `training/` folder: a CLIP vision tower
+A small but genuine {family}, trained {start} by the recipe in this project's `training/` folder: a CLIP vision tower
 (336 px, patch 14, 576 patches, class token, 8 layers of 256 channels), its CLIP text tower (4 layers of 192), a LLaVA
 projector and a Llama (6 layers of 320), {parameters} million parameters in bfloat16. It answers seven kinds of
-questions about pictures of the recipe's own kind: up to twenty emoji on colored plates, some with a word under them,
-over textured backgrounds. It exists to try and to measure compression of visual tokens on a model that works; it knows
+questions about pictures of the recipe's own kind: up to {objects} emoji on colored plates, some with a word under them,
+over textured backgrounds{wide}. It exists to try and to measure compression of visual tokens on a model that \
+works; it knows
 nothing of photographs.
 
 ```python
 from transformers import pipeline
 
-ask = pipeline("image-text-to-text", model="checkpoints/tiny", trust_remote_code=True)
+ask = pipeline("image-text-to-text", model="{checkpoint}", trust_remote_code=True)
 ```
 
-## Accuracy with all 576 visual tokens
+## Accuracy with all {tokens}visual tokens
 
 Exactly right answers of the pipeline, greedy, one question per image, with 95 % intervals and the number of questions:
 on held-out test scenes, and on scenes whose asked object stands on a color that it never had in training.
@@ -41,6 +42,16 @@ on held-out test scenes, and on scenes whose asked object stands on a color that
 | kind | test | bar | held-out combinations |
 |---|---|---|---|
 """
+_FAMILIES = {
+    False: {"family": "LLaVA", "start": "from scratch", "objects": "twenty", "wide": "", "tokens": "576 "},
+    True: {
+        "family": "LLaVA-NeXT",
+        "start": "from `checkpoints/tiny`",
+        "objects": "forty",
+        "wide": ", on canvases of 336 to 1,344 pixels a side",
+        "tokens": "",
+    },
+}
 _TAIL = """
 Retrieval of the right image for a held-out caption among 256: {retrieval:.1%} (bar 60 %, {captions} captions).
 
@@ -71,8 +82,12 @@ def write_card(figures: str, checkpoint: str) -> None:
     for kind in KINDS:
         bar = _BARS.get(kind, 0.95)
         named = "–" if bar is None else f"≥ {bar:.0%}"
-        rows.append(f"| {kind} | {_cell(measured['test'], kind)} | {named} | {_cell(measured['combination'], kind)} |")
-    head = _HEAD.format(parameters=round(index["metadata"]["total_size"] / 2e6, 1))
+        rows.append(
+            f"| {kind} | {_cell(measured['test'], kind)} | {named} | {_cell(measured.get('combination', {}), kind)} |"
+        )
+    tiled = "image_grid_pinpoints" in json.loads((Path(checkpoint) / "config.json").read_text())
+    parameters = round(index["metadata"]["total_size"] / 2e6, 1)
+    head = _HEAD.format(parameters=parameters, checkpoint=checkpoint, **_FAMILIES[tiled])
     text = (
         head
         + "\n".join(rows)

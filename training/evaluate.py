@@ -7,24 +7,35 @@ half in batches of 256, and the time of one answer on the CPU.
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor, pipeline
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor, pipeline
 
-from .examples import SceneExample, scene_examples
+from .examples import SceneExample, scene_examples, tiled_examples
 from .questions import KINDS, scene_facts
+from .scenes import IMAGE_SIZE
 
 
 RETRIEVAL_BATCH = 256
-BLOCK = 500  # questions of one job
+BLOCK = 150  # questions of one job
 PARTS = ("test", "retrieval_top1", "combination", "seconds_per_answer_cpu")
 THREADS = 1  # of one job: drawing a scene does not gain from more
+
+
+def _sees_tiles(folder: str) -> bool:
+    """Whether the LLaVA in `folder` is a LLaVA-NeXT, which is asked about larger pictures."""
+    return AutoConfig.from_pretrained(folder).model_type == "llava_next"
+
+
+def _examples(tiled: bool) -> Callable[..., Iterator[SceneExample]]:
+    return tiled_examples if tiled else scene_examples
 
 
 def _message(example: SceneExample) -> list[dict]:
@@ -40,16 +51,17 @@ def interval(share: float, number: int) -> float:
 def _right_answers(folder: str, split: str, kind: str, first: int, count: int, device: str, batch_size: int) -> int:
     """How many of the questions `first` to `first + count` of one kind the pipeline answers exactly right."""
     torch.set_num_threads(THREADS)
+    tiled = _sees_tiles(folder)
     answering = pipeline(
         "image-text-to-text",
         model=AutoModelForImageTextToText.from_pretrained(folder, dtype="auto"),
         processor=AutoProcessor.from_pretrained(folder),
         device=device,
     )
-    examples = list(islice(scene_examples(split, first + count, (kind,)), first, first + count))
+    examples = list(islice(_examples(tiled)(split, first + count, (kind,)), first, first + count))
     answers = answering(
         [_message(example) for example in examples],
-        batch_size=batch_size,
+        batch_size=1 if tiled else batch_size,  # stock's pipeline cannot batch pictures of different numbers of tiles
         return_full_text=False,
         generate_kwargs={"max_new_tokens": 6, "do_sample": False},
     )
@@ -98,17 +110,22 @@ def answer_accuracy(
     return result
 
 
-def retrieval(folder: str, split: str, batches: int, device: str = "cpu") -> float:
-    """Share of captions whose best image, among 256 of the split, is one that the caption fits."""
+def retrieval(folder: str, split: str, batches: int, device: str = "cpu", tiled: bool = False) -> float:
+    """Share of captions whose best image, among 256 of the split, is one that the caption fits.
+
+    Args:
+        tiled: of the larger pictures; they are seen whole, in the base view.
+    """
     clip = CLIPModel.from_pretrained(folder, dtype="auto").to(device)
     processor = CLIPProcessor.from_pretrained(folder)
-    examples = scene_examples(split, batches * RETRIEVAL_BATCH, ("existence",))
+    examples = _examples(tiled)(split, batches * RETRIEVAL_BATCH, ("existence",))
+    view = (IMAGE_SIZE, IMAGE_SIZE)
     right = 0
     for _ in tqdm(range(batches), desc="retrieval"):
         batch = list(islice(examples, RETRIEVAL_BATCH))
         inputs = processor(
             text=[example.caption for example in batch],
-            images=[example.image() for example in batch],
+            images=[example.image().resize(view, Image.Resampling.BICUBIC) for example in batch],
             padding="max_length",
             truncation=True,
             return_tensors="pt",
@@ -123,7 +140,7 @@ def retrieval(folder: str, split: str, batches: int, device: str = "cpu") -> flo
 def answer_seconds(folder: str, repeats: int = 5) -> float:
     """Median seconds of one answer through the pipeline on this machine's CPU."""
     answering = pipeline("image-text-to-text", model=folder, device="cpu", dtype="auto")
-    message = _message(next(scene_examples("test", 1)))
+    message = _message(next(_examples(_sees_tiles(folder))("test", 1)))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -155,7 +172,7 @@ def evaluate(
 
     measures = {
         "test": lambda: answer_accuracy(llava, "test", count, **settings),
-        "retrieval_top1": lambda: retrieval(clip, "test", batches, names[0]),
+        "retrieval_top1": lambda: retrieval(clip, "test", batches, names[0], _sees_tiles(llava)),
         "combination": lambda: answer_accuracy(llava, "combination", max(count // 4, 1), **settings),
         "seconds_per_answer_cpu": lambda: answer_seconds(llava),
     }

@@ -5,10 +5,12 @@
         example.image()            # PIL picture, 336 x 336
         example.patch_mask()       # patches of the named objects, [24, 24]
 
-The same split, count, kinds and seed always give the same examples. No font is needed.
+`tiled_examples` gives the same for pictures of many sizes, as LLaVA-NeXT sees them in tiles. The same split, count,
+kinds and seed always give the same examples. No font is needed.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +20,8 @@ from PIL import Image
 
 from .questions import KINDS, Turn, ask, conversation, long_caption
 from .render import patch_targets, render, renderer_constants
-from .scenes import Scene, make_scene, scene_arrays, scene_random
+from .scenes import IMAGE_SIZE, Scene, make_scene, scene_arrays, scene_random
+from .tiles import PICTURE_SIZES, make_tiled_scene, tiled_random
 
 
 @dataclass
@@ -31,6 +34,7 @@ class SceneExample:
         turns: the whole conversation; its first turn is the question.
         caption: a caption of several objects of the scene.
         caption_facts: what the caption says, as `questions.scene_facts` numbers it.
+        picture_size: height and width of the picture, to which its scene is enlarged.
     """
 
     scene: Scene
@@ -41,10 +45,12 @@ class SceneExample:
     turns: list[Turn]
     caption: str
     caption_facts: set[int]
+    picture_size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
     def image(self) -> Image.Image:
         """The picture of the scene."""
-        return scene_image(self.scene)
+        height, width = self.picture_size
+        return scene_image(self.scene).resize((width, height), Image.Resampling.BICUBIC)
 
     def patch_mask(self, patches: int = 24) -> np.ndarray:
         """True on the patches of the named objects that are in the scene, plate and label: [patches, patches]."""
@@ -53,8 +59,12 @@ class SceneExample:
         return np.isin(owner, named)
 
     def owners(self, patches: int = 24) -> np.ndarray:
-        """Index into `scene.objects` of the object that each patch shows, -1 for background: [patches, patches]."""
-        _, owner = patch_targets(_tensors(self.scene), _constants(), patches)
+        """Index into `scene.objects` of the object that each patch shows, -1 for background: [patches, patches].
+
+        The patches are those of the whole picture, squashed to a square if it is none.
+        """
+        height, width = self.scene.height, self.scene.width
+        _, owner = patch_targets(_tensors(self.scene), _constants(), patches, height=height, width=width)
         grid = owner[0].reshape(patches, patches).numpy()
         return np.where(grid < len(self.scene.objects), grid, -1)
 
@@ -65,12 +75,13 @@ def _constants() -> dict[str, torch.Tensor]:
 
 
 def _tensors(scene: Scene) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in scene_arrays([scene]).items()}
+    arrays = scene_arrays([scene], len(scene.objects))
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 def scene_image(scene: Scene) -> Image.Image:
-    """The picture of one scene, drawn on the CPU."""
-    pixels = render(_tensors(scene), _constants())[0].permute(1, 2, 0)
+    """The picture of one scene, as large as its canvas, drawn on the CPU."""
+    pixels = render(_tensors(scene), _constants(), scene.height, scene.width)[0].permute(1, 2, 0)
     return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
 
 
@@ -85,15 +96,42 @@ def scene_examples(
         seed: another seed gives other scenes of the same split; 0 is what training and the reports use.
         turns: questions per scene at most, the first one included.
     """
+
+    def make(index: int) -> tuple[Scene, random.Random, tuple[int, int]]:
+        rng = scene_random(split, index, seed)
+        return make_scene(split, rng), rng, (IMAGE_SIZE, IMAGE_SIZE)
+
+    return _examples(make, split, count, kinds, turns)
+
+
+def tiled_examples(
+    split: str, count: int, kinds: tuple[str, ...] | None = None, seed: int = 0, turns: int = 1
+) -> Iterator[SceneExample]:
+    """As `scene_examples`, for pictures of the sizes in `tiles.PICTURE_SIZES`, drawn at random."""
+
+    def make(index: int) -> tuple[Scene, random.Random, tuple[int, int]]:
+        rng = tiled_random(split, index, seed)
+        size = rng.choice(PICTURE_SIZES)
+        return make_tiled_scene(split, rng, size), rng, size
+
+    return _examples(make, split, count, kinds, turns)
+
+
+def _examples(
+    make: Callable[[int], tuple[Scene, random.Random, tuple[int, int]]],
+    split: str,
+    count: int,
+    kinds: tuple[str, ...] | None,
+    turns: int,
+) -> Iterator[SceneExample]:
     kinds = KINDS if kinds is None else tuple(kinds)
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds={sorted(unknown)} are not kinds of question: choose from {KINDS}")
     produced, index = 0, 0
     while produced < count:
         kind = kinds[produced % len(kinds)]
-        rng = scene_random(split, index, seed)
+        scene, rng, size = make(index)
         index += 1
-        scene = make_scene(split, rng)
         first = ask(scene, kind, rng, prefer_held_out=split == "combination")
         if first is None:
             continue
@@ -102,6 +140,6 @@ def scene_examples(
         )
         yield SceneExample(
             scene, kind, first.question, first.answer, first.classes, [first, *later[: turns - 1]],
-            *long_caption(scene, rng),
+            *long_caption(scene, rng), size,
         )  # fmt: skip
         produced += 1

@@ -1,52 +1,30 @@
 """Trained weights to folders that anyone can load: a stock LLaVA, a stock CLIP, and the Hub repo made of both."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
     GenerationConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
 from .language import CHAT_TEMPLATE, IMAGE_TOKEN, language_tokenizer, question_tokenizer
-from .model import SMOKE_SIZE, ModelSize, TrainingModel, text_config, vision_config
+from .model import TrainingModel, text_config, vision_config
 from .scenes import IMAGE_SIZE
+from .tiled_model import TiledTrainingModel
+from .tiles import PINPOINTS
+from .weights import load_weights
 
 
 LARGEST_SHARD = "14MB"
-
-
-def load_weights(folder: Path, smoke: bool = False) -> TrainingModel:
-    """The model with the weights of `folder`: those that `train.save_weights` wrote, or a Hub repo of both halves."""
-    files = sorted(folder.glob("weights-*.safetensors"))
-    model = TrainingModel(SMOKE_SIZE if smoke else ModelSize())
-    if not files and (folder / "config.json").exists():
-        return _load_combined(model, folder)
-    if not files:
-        raise ValueError(
-            f"no weights-*.safetensors in {str(folder)!r}: train first, or name the folder of a run or a checkpoint"
-        )
-    weights = {name: value.float() for file in files for name, value in load_file(file).items()}
-    weights["llava.lm_head.weight"] = weights["llava.model.language_model.embed_tokens.weight"]
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _load_combined(model: TrainingModel, folder: Path) -> TrainingModel:
-    from recoverable_llava import RecoverableLlavaForConditionalGeneration
-
-    combined = RecoverableLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
-    for name in ("vision_tower", "multi_modal_projector", "language_model"):
-        getattr(model.llava.model, name).load_state_dict(getattr(combined, name).state_dict())
-    for name in ("question_tower", "visual_projection"):  # CLIP's temperature is not part of a Hub repo
-        getattr(model, name).load_state_dict(getattr(combined, name).state_dict())
-    return model.eval()
 
 
 def clip_model(model: TrainingModel) -> CLIPModel:
@@ -69,10 +47,14 @@ def clip_model(model: TrainingModel) -> CLIPModel:
 def export_stock(model: TrainingModel, folder: Path) -> tuple[Path, Path]:
     """Writes `folder`/llava and `folder`/clip in bfloat16, each loadable by the stock classes, and returns both."""
     llava_folder, clip_folder = folder / "llava", folder / "clip"
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    tokenizer = language_tokenizer()
+    sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    clip_image_processor = CLIPImageProcessor(**sizes)
+    processor_class, image_processor = LlavaProcessor, clip_image_processor
+    if isinstance(model, TiledTrainingModel):
+        processor_class = LlavaNextProcessor
+        image_processor = LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **sizes)
+    tokenizer = copy.deepcopy(language_tokenizer())
+    tokenizer.model_max_length = model.llava.config.text_config.max_position_embeddings
     llava = model.llava.eval().to(torch.bfloat16)
     llava.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -82,7 +64,7 @@ def export_stock(model: TrainingModel, folder: Path) -> tuple[Path, Path]:
         do_sample=False,
     )
     llava.save_pretrained(llava_folder, max_shard_size=LARGEST_SHARD)
-    LlavaProcessor(
+    processor_class(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=model.size.patch_size,
@@ -92,12 +74,15 @@ def export_stock(model: TrainingModel, folder: Path) -> tuple[Path, Path]:
         num_additional_image_tokens=1,
     ).save_pretrained(llava_folder)
     clip_model(model).to(torch.bfloat16).save_pretrained(clip_folder, max_shard_size=LARGEST_SHARD)
-    CLIPProcessor(image_processor=image_processor, tokenizer=question_tokenizer()).save_pretrained(clip_folder)
+    CLIPProcessor(image_processor=clip_image_processor, tokenizer=question_tokenizer()).save_pretrained(clip_folder)
     return llava_folder, clip_folder
 
 
 def export_combined(llava: Path, clip: Path, folder: Path) -> None:
-    """Writes the Hub repo folder: both halves combined by the package, its code, and the processor."""
+    """Writes the Hub repo folder: both halves combined by the package, its code, and the processor.
+
+    The family is that of the LLaVA in folder `llava`, which `combine` reads from its configuration.
+    """
     from recoverable_llava.tools.asking import DRAWN_SCENES
     from recoverable_llava.tools.combine import combine
 

@@ -132,8 +132,12 @@ class WordEncoder:
         return ids
 
 
-def dense_words() -> list[list[str]]:
-    """The tokens that name what a patch shows, one list for each of `render.GROUPS`."""
+def dense_words(without_place: bool = False) -> list[list[str]]:
+    """The tokens that name what a patch shows, one list for each of `render.GROUPS`.
+
+    Args:
+        without_place: whether a patch may lack a row and a column, and shows "nothing" of them.
+    """
 
     def words(names: tuple[str, ...]) -> list[str]:
         return [name + WORD_END for name in names]
@@ -144,7 +148,7 @@ def dense_words() -> list[list[str]]:
         words(tuple(COLORS)) + nothing,
         words(WORDS) + nothing,
         list(LETTERS) + nothing,
-        words(ROWS),
-        words(COLUMNS),
+        words(ROWS) + nothing * without_place,
+        words(COLUMNS) + nothing * without_place,
         [CENTER_MARK + WORD_END, *nothing],
     ]

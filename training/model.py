@@ -16,6 +16,7 @@ Shapes: B images, N patches, C channels of the vision tower, D of the language m
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,17 @@ from transformers import (
 )
 
 from .data import MAXIMUM_TURNS
-from .language import IMAGE_TOKEN, dense_words, language_tokenizer, question_tokenizer
+from .language import IMAGE_TOKEN, WORD_END, dense_words, language_tokenizer, question_tokenizer
 from .render import IGNORED, patch_targets
 from .render import render as render_images
 from .scenes import IMAGE_SIZE
+from .vocabulary import NOTHING
 
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as its image processor has them
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAXIMUM_LOGIT_SCALE = 100.0
+LONGEST_PROMPT = 2048
 
 
 @dataclass
@@ -90,31 +93,39 @@ def text_config(size: ModelSize) -> CLIPTextConfig:
     )
 
 
-def llava_config(size: ModelSize) -> LlavaConfig:
+def language_config(size: ModelSize, longest: int) -> LlamaConfig:
+    """The language model's configuration for prompts of up to `longest` tokens."""
     tokenizer = language_tokenizer()
-    language = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.language_width,
         intermediate_size=size.language_inner,
         num_hidden_layers=size.language_layers,
         num_attention_heads=size.language_heads,
         num_key_value_heads=size.language_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=longest,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlavaConfig(
-        vision_config=vision_config(size),
-        text_config=language,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(IMAGE_SIZE // size.patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
+
+
+def llava_settings(size: ModelSize) -> dict[str, Any]:
+    """What the configurations of both families have in common, beside the language model's."""
+    return {
+        "vision_config": vision_config(size),
+        "image_token_index": language_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN),
+        "image_seq_length": (IMAGE_SIZE // size.patch_size) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+    }
+
+
+def llava_config(size: ModelSize) -> LlavaConfig:
+    return LlavaConfig(text_config=language_config(size, LONGEST_PROMPT), **llava_settings(size))
 
 
 def visual_positions(batch: int, patches: int, start: int, text: int, device: torch.device | str) -> Tensor:
@@ -137,23 +148,29 @@ def visual_positions(batch: int, patches: int, start: int, text: int, device: to
 class TrainingModel(nn.Module):
     """LLaVA, the question tower and the CLIP projections, with the training losses."""
 
+    views_without_place = False  # whether an image may be a part of a picture, which shows no place in it
+
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.size = size
-        self.llava = LlavaForConditionalGeneration(llava_config(size))
+        self.llava = self.build_llava()
         self.question_tower = CLIPTextModelWithProjection(text_config(size))
         self.visual_projection = nn.Linear(size.vision_width, size.projection, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.66))
         nn.init.normal_(self.visual_projection.weight, std=size.vision_width**-0.5)
         self._initialise_language()
         vocabulary = language_tokenizer().get_vocab()
-        groups = dense_words()
+        groups = dense_words(self.views_without_place)
         self.group_sizes = [len(words) for words in groups]
+        self.group_nothing = [len(words) - (words[-1] == NOTHING + WORD_END) for words in groups]
         words = torch.tensor([vocabulary[word] for group in groups for word in group])
         self.render = render_images
         self.register_buffer("dense_ids", words, persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
+
+    def build_llava(self) -> nn.Module:
+        return LlavaForConditionalGeneration(llava_config(self.size))
 
     def _initialise_language(self) -> None:
         """Embeddings of unit length, and keys that start out equal to queries: tokens first attend to their like
@@ -213,11 +230,12 @@ class TrainingModel(nn.Module):
         logits = 1.5 * directions.flatten(0, 1) @ embeddings.T
         loss, accuracies = logits.new_zeros(()), []
         start = 0
-        for group, (count, target) in enumerate(zip(self.group_sizes, targets.flatten(0, 1).unbind(-1), strict=True)):
+        for count, nothing, target in zip(
+            self.group_sizes, self.group_nothing, targets.flatten(0, 1).unbind(-1), strict=True
+        ):
             part = logits[:, start : start + count]
             start += count
             each = functional.cross_entropy(part, target, ignore_index=IGNORED, reduction="none")
-            nothing = count if 4 <= group <= 5 else count - 1
             shows = (target >= 0) & (target != nothing)
             empty = target == nothing
             loss = (
@@ -226,12 +244,18 @@ class TrainingModel(nn.Module):
             accuracies.append(((part.argmax(1) == target) & shows).sum() / shows.sum().clamp_min(1))
         return loss / len(self.group_sizes), torch.stack(accuracies)
 
-    def contrastive_loss(self, images: Tensor, texts: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss of texts [B, E, P] against images [B, P] where several images may fit, and top-1 of long captions."""
+    def contrastive_loss(
+        self, images: Tensor, texts: Tensor, caption_facts: Tensor, image_facts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of texts [B, E, P] against images [I, P] where several images may fit, and top-1 of long captions.
+
+        Args:
+            caption_facts: what each text says, [B, E, F].
+            image_facts: what each image shows, [I, F].
+        """
         images, texts = functional.normalize(images.float(), dim=-1), functional.normalize(texts.float(), dim=-1)
         scale = self.logit_scale.exp().clamp_max(MAXIMUM_LOGIT_SCALE)
-        lacking = (~batch["scene_facts"]).float()
-        fits = torch.einsum("bef,if->bei", batch["caption_facts"].float(), lacking) < 0.5
+        fits = torch.einsum("bef,if->bei", caption_facts.float(), (~image_facts).float()) < 0.5
         logits = scale * torch.einsum("bep,ip->bei", texts, images)
         share = fits.float() / fits.sum(-1, keepdim=True).clamp_min(1)
         to_images = -(share * logits.log_softmax(-1)).sum(-1)
@@ -239,43 +263,56 @@ class TrainingModel(nn.Module):
         to_images = (to_images * has_image).sum() / has_image.sum()
         long_fits, long_logits = fits[:, 0].T, logits[:, 0].T
         share = long_fits.float() / long_fits.sum(-1, keepdim=True).clamp_min(1)
-        to_texts = -(share * long_logits.log_softmax(-1)).sum(-1).mean()
+        to_texts = -(share * long_logits.log_softmax(-1)).sum(-1).sum() / long_fits.any(-1).sum()
         top = logits[:, 0].argmax(-1)
         retrieved = fits[:, 0].gather(1, top[:, None]).float().mean()
         return (to_images + to_texts) / 2, retrieved
+
+    def answers(
+        self, batch: dict[str, Tensor], visual_tokens: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the answers behind visual tokens [B, N, D], and which turns are right [B, Q].
+
+        Args:
+            positions: [B, L] of the prompt, or None to count as usual.
+        """
+        images, text = len(visual_tokens), batch["text"].shape[1]
+        stream = torch.bfloat16 if torch.is_autocast_enabled(visual_tokens.device.type) else torch.float32
+        embed = self.llava.model.language_model.embed_tokens
+        prefix = embed(batch["prefix"]).expand(images, -1, -1)
+        embeddings = torch.cat([prefix.to(stream), visual_tokens.to(stream), embed(batch["text"]).to(stream)], 1)
+        if positions is None:
+            positions = torch.arange(embeddings.shape[1], device=embeddings.device).float().expand(images, -1)
+        hidden = self.language(embeddings, positions)[:, -text:]
+        logits = self.llava.lm_head(hidden).float()
+        each = functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(batch["labels"])
+        loss = (each * batch["weights"]).sum() / batch["weights"].sum()
+        wrong = (logits.argmax(-1) != batch["labels"]) & (batch["turn"] >= 0)
+        turn_wrong = torch.zeros(images, MAXIMUM_TURNS, device=logits.device)
+        turn_wrong.scatter_add_(1, batch["turn"].clamp_min(0), wrong.float())
+        return loss, turn_wrong == 0
 
     def forward(self, batch: dict[str, Tensor], constants: dict[str, Tensor], jitter: bool = True) -> dict[str, Tensor]:
         """Losses and measures of one batch of `data.BatchMaker`."""
         with torch.no_grad():
             images = self.render(batch, constants)
             targets, _ = patch_targets(batch, constants, IMAGE_SIZE // self.size.patch_size)
-        stream = torch.bfloat16 if torch.is_autocast_enabled(images.device.type) else torch.float32
         features, image_embeddings = self.vision(images)
         visual_tokens = self.llava.model.multi_modal_projector(features)
         dense, dense_accuracy = self.dense_loss(visual_tokens, targets)
         captions = batch["captions"].flatten(0, 1)
         text_embeddings = self.texts(captions).unflatten(0, batch["captions"].shape[:2])
-        contrastive, retrieved = self.contrastive_loss(image_embeddings, text_embeddings, batch)
-
-        embed = self.llava.model.language_model.embed_tokens
-        prefix = embed(batch["prefix"]).expand(len(images), -1, -1)
-        embeddings = torch.cat([prefix.to(stream), visual_tokens.to(stream), embed(batch["text"]).to(stream)], 1)
-        start, text = prefix.shape[1], batch["text"].shape[1]
+        contrastive, retrieved = self.contrastive_loss(
+            image_embeddings, text_embeddings, batch["caption_facts"], batch["scene_facts"]
+        )
+        start, text = batch["prefix"].shape[1], batch["text"].shape[1]
         positions = visual_positions(len(images), visual_tokens.shape[1], start, text, images.device)
-        if not jitter:
-            positions = torch.arange(embeddings.shape[1], device=images.device).float().expand(len(images), -1)
-        hidden = self.language(embeddings, positions)[:, -text:]
-        logits = self.llava.lm_head(hidden).float()
-        each = functional.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(batch["labels"])
-        answers = (each * batch["weights"]).sum() / batch["weights"].sum()
-        wrong = (logits.argmax(-1) != batch["labels"]) & (batch["turn"] >= 0)
-        turn_wrong = torch.zeros(len(images), MAXIMUM_TURNS, device=images.device)
-        turn_wrong.scatter_add_(1, batch["turn"].clamp_min(0), wrong.float())
+        answers, turn_right = self.answers(batch, visual_tokens, positions if jitter else None)
         return {
             "answers": answers, "contrastive": contrastive, "dense": dense, "dense_accuracy": dense_accuracy,
-            "retrieved": retrieved, "turn_right": turn_wrong == 0,
+            "retrieved": retrieved, "turn_right": turn_right,
         }  # fmt: skip
 
 

@@ -62,6 +62,8 @@ def build_optimizers(model: nn.Module, rates: dict[str, float], weight_decay: fl
     matrices: dict[tuple, list[nn.Parameter]] = {}
     others: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inside = "layers." in name or "multi_modal_projector" in name
         if parameter.ndim == 2 and inside:
             matrices.setdefault((rate(name), tuple(parameter.shape)), []).append(parameter)

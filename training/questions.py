@@ -8,15 +8,15 @@ Every answer is one or two words.
 import random
 from dataclasses import dataclass
 
-from .scenes import IMAGE_SIZE, Scene, SceneObject
+from .scenes import Scene, SceneObject
 from .vocabulary import ARTICLE, CLASSES, COLORS, COLUMNS, ROWS, WORDS, held_out
 
 
 KINDS = ("existence", "attribute", "reading", "counting", "location", "relation", "choice")
 COLOR_NAMES = tuple(COLORS)
 OPTIONS = ("A", "B", "C", "D")
-BORDER = 7  # an object whose center lies nearer than this (pixels) to a third of the image is not asked for its place
-APART = 56  # pixels between two objects whose places are compared
+BORDER = 1 / 48  # of the side: an object whose center lies nearer to a third of it is not asked for its place
+APART = 1 / 6  # of the side, between two objects whose places are compared
 
 _TEMPLATES = {
     "existence": (
@@ -99,7 +99,7 @@ def _attribute(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
 
 
 def _reading(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
-    item = _pick([item for item in scene.named() if item.word >= 0], rng, prefer)
+    item = _pick([item for item in scene.named() if item.word >= 0 and not scene.is_cut(item)], rng, prefer)
     if item is None:
         return None
     return Turn("reading", _fill("reading", item.class_index, rng), WORDS[item.word], (item.class_index,))
@@ -121,15 +121,16 @@ def _counting(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
 
 
 def _location(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
-    third = IMAGE_SIZE / 3
+    def clear(value: float, side: int) -> bool:
+        return min(abs(value - side / 3), abs(value - 2 * (side / 3))) >= BORDER * side
 
-    def clear(value: float) -> bool:
-        return min(abs(value - third), abs(value - 2 * third)) >= BORDER
-
-    item = _pick([item for item in scene.named() if clear(item.center[0]) and clear(item.center[1])], rng, prefer)
+    clearly = [
+        item for item in scene.named() if clear(item.center[0], scene.width) and clear(item.center[1], scene.height)
+    ]
+    item = _pick(clearly, rng, prefer)
     if item is None:
         return None
-    row, column = item.coarse_place
+    row, column = scene.coarse_place(item)
     return Turn(
         "location", _fill("location", item.class_index, rng), f"{ROWS[row]} {COLUMNS[column]}", (item.class_index,)
     )
@@ -140,11 +141,12 @@ def _relation(scene: Scene, rng: random.Random, prefer: bool) -> Turn | None:
     if item is None:
         return None
     relation, axis, sign = rng.choice((("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)))
+    apart = APART * (scene.width, scene.height)[axis]
     answer = rng.random() < 0.5
     fitting = []
     for other in scene.named():
         distance = sign * (item.center[axis] - other.center[axis])
-        if other is not item and abs(distance) >= APART and (distance > 0) == answer:
+        if other is not item and abs(distance) >= apart and (distance > 0) == answer:
             fitting.append(other)
     if not fitting:
         return None

@@ -5,11 +5,14 @@ Everything that a question can ask lies in a few patches: a plate is three or fo
 rows of patches high. A crowded scene fills far more patches than a tenth of the image, so no fixed choice of a tenth
 serves every question.
 
+A scene has a canvas: 336 pixels square in the world of LLaVA-1.5, anything else in the one of LLaVA-NeXT (tiles.py).
+
 Splits differ by seed. Training, validation and test scenes never show the held-out pairs of object and color;
 in the split "combination" about half of the objects are such pairs.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,20 +55,30 @@ class SceneObject:
         return self.left + (self.size - width) // 2, self.top + self.size + 1, width, LETTER_CELL_HEIGHT + 2
 
     @property
-    def coarse_place(self) -> tuple[int, int]:
-        """Row and column of the object's center in a grid of three by three."""
-        x, y = self.center
-        return min(int(3 * y / IMAGE_SIZE), len(ROWS) - 1), min(int(3 * x / IMAGE_SIZE), len(COLUMNS) - 1)
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of plate and label together."""
+        left, top, width, height = self.label_box
+        if self.word < 0:
+            return self.left, self.top, self.left + self.size, self.top + self.size
+        return min(self.left, left), self.top, max(self.left + self.size, left + width), top + height
 
 
 @dataclass
 class Scene:
-    """Objects and the parameters of the background (all that `render.render` needs)."""
+    """Objects and the parameters of the background (all that `render.render` needs).
+
+    Attributes:
+        height, width: of the canvas, in pixels.
+        seams: columns and rows of the canvas at which a tile ends and the next begins; none in a picture of one view.
+    """
 
     objects: list[SceneObject]
     coarse_background: np.ndarray = field(repr=False)  # [6, 6, 3] uint8
     fine_background: np.ndarray = field(repr=False)  # [42, 42] uint8
     stripes: tuple[float, float, float, float]  # frequency in x and y, phase, amplitude
+    height: int = IMAGE_SIZE
+    width: int = IMAGE_SIZE
+    seams: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
     def counts(self) -> dict[int, int]:
         result: dict[int, int] = {}
@@ -78,8 +91,18 @@ class Scene:
         counts = self.counts()
         return [item for item in self.objects if counts[item.class_index] == 1]
 
+    def coarse_place(self, item: SceneObject) -> tuple[int, int]:
+        """Row and column of the object's center in a grid of three by three."""
+        x, y = item.center
+        return min(int(3 * y / self.height), len(ROWS) - 1), min(int(3 * x / self.width), len(COLUMNS) - 1)
 
-def scene_random(split: str, index: int, seed: int = 0) -> random.Random:
+    def is_cut(self, item: SceneObject) -> bool:
+        """Whether a seam between two tiles runs through the object's plate or label."""
+        left, top, right, bottom = item.box
+        return any(left < seam < right for seam in self.seams[0]) or any(top < seam < bottom for seam in self.seams[1])
+
+
+def scene_random(split: str, index: int, seed: int | str = 0) -> random.Random:
     """The random numbers of one example: the same for the same split, index and seed, on every machine."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {SPLITS}")
@@ -104,12 +127,16 @@ def _classes(number: int, rng: random.Random) -> list[int]:
     return chosen + pool[: number - len(chosen)]
 
 
-def make_scene(split: str, rng: random.Random) -> Scene:
-    """A scene with 1 to 20 objects that do not overlap, placed freely; half of the scenes are crowded (11 or more)."""
-    crowd = rng.random()
-    number = (
-        rng.randint(1, 4) if crowd < 0.2 else rng.randint(5, 10) if crowd < 0.5 else rng.randint(11, MAXIMUM_OBJECTS)
-    )
+def fill_scene(
+    split: str,
+    rng: random.Random,
+    number: int,
+    plate_size: Callable[[], int],
+    height: int = IMAGE_SIZE,
+    width: int = IMAGE_SIZE,
+    seams: tuple[tuple[float, ...], tuple[float, ...]] = ((), ()),
+) -> Scene:
+    """A scene with up to `number` objects that do not overlap, placed freely on the canvas while there is room."""
     objects: list[SceneObject] = []
     boxes: list[tuple[int, int, int, int]] = []
     words = rng.sample(range(len(WORDS)), number)
@@ -120,18 +147,19 @@ def make_scene(split: str, rng: random.Random) -> Scene:
             word if rng.random() < 0.6 else -1,
             0,
             0,
-            rng.randint(SMALLEST_PLATE, LARGEST_PLATE if number < 11 else LARGEST_CROWDED_PLATE),
+            plate_size(),
             rng.random() < 0.5,
             rng.random() < 0.5,
         )
         _, _, label_width, label_height = item.label_box
-        width = max(item.size, label_width) + 2
-        height = item.size + (label_height + 1 if label_height else 0) + 2
+        box_width = max(item.size, label_width) + 2
+        box_height = item.size + (label_height + 1 if label_height else 0) + 2
         for _ in range(60):
-            left, top = rng.randint(1, IMAGE_SIZE - width), rng.randint(1, IMAGE_SIZE - height)
-            if all(left + width <= x or x + w <= left or top + height <= y or y + h <= top for x, y, w, h in boxes):
-                boxes.append((left, top, width, height))
-                item.left, item.top = left + (width - item.size) // 2, top + 1
+            left, top = rng.randint(1, width - box_width), rng.randint(1, height - box_height)
+            right, bottom = left + box_width, top + box_height
+            if all(right <= x or x + w <= left or bottom <= y or y + h <= top for x, y, w, h in boxes):
+                boxes.append((left, top, box_width, box_height))
+                item.left, item.top = left + (box_width - item.size) // 2, top + 1
                 objects.append(item)
                 break
     rng.shuffle(objects)
@@ -146,7 +174,20 @@ def make_scene(split: str, rng: random.Random) -> Scene:
         (level + (coarse.astype(np.int32) - 128) * spread // 128).clip(0, 255).astype(np.uint8),
         (128 + (fine.astype(np.int32) - 128) * fine_amplitude // 128).astype(np.uint8),
         (frequency * np.cos(angle), frequency * np.sin(angle), rng.uniform(0, 6.28), amplitude),
+        height,
+        width,
+        seams,
     )
+
+
+def make_scene(split: str, rng: random.Random) -> Scene:
+    """A scene with 1 to 20 objects in 336 pixels square; half of the scenes are crowded (11 or more)."""
+    crowd = rng.random()
+    number = (
+        rng.randint(1, 4) if crowd < 0.2 else rng.randint(5, 10) if crowd < 0.5 else rng.randint(11, MAXIMUM_OBJECTS)
+    )
+    largest = LARGEST_PLATE if number < 11 else LARGEST_CROWDED_PLATE
+    return fill_scene(split, rng, number, lambda: rng.randint(SMALLEST_PLATE, largest))
 
 
 OBJECT_FIELDS = (
@@ -155,9 +196,9 @@ OBJECT_FIELDS = (
 )  # fmt: skip
 
 
-def scene_arrays(scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Scenes as arrays for the renderer: objects [B, 20, 12] int16 (class -1 where there is none) and backgrounds."""
-    objects = np.zeros((len(scenes), MAXIMUM_OBJECTS, len(OBJECT_FIELDS)), np.int16)
+def scene_arrays(scenes: list[Scene], maximum: int = MAXIMUM_OBJECTS) -> dict[str, np.ndarray]:
+    """Scenes as arrays for the renderer: objects [B, maximum, 12] int16 (class -1 for none) and backgrounds."""
+    objects = np.zeros((len(scenes), maximum, len(OBJECT_FIELDS)), np.int16)
     objects[..., 0] = -1
     for scene, rows in zip(scenes, objects, strict=True):
         for item, row in zip(scene.objects, rows, strict=False):

@@ -9,24 +9,26 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import Batches, BatchMaker
+from .data import Batches, BatchMaker, TiledBatchMaker
 from .model import SMOKE_SIZE, ModelSize, TrainingModel, parameter_count
 from .optimizer import build_optimizers
 from .questions import KINDS
 from .render import GROUPS, renderer_constants
+from .tiled_model import TiledTrainingModel
+from .weights import load_weights, save_weights
 
 
 RATES = {"": 2e-3, "llava.model.language_model": 3e-3, "llava.model.multi_modal_projector": 3e-3, "logit_scale": 1e-2}
 LONGEST_STEP = 1.0  # seconds that one step may count for: compilation is not training time
-SHARD_BYTES = 14 * 2**20
+FAMILIES = {"llava": (TrainingModel, BatchMaker), "next": (TiledTrainingModel, TiledBatchMaker)}
 
 
 @dataclass
@@ -34,12 +36,14 @@ class TrainingOptions:
     """What one call of `python -m training train` may set."""
 
     folder: str = "runs/tiny"
+    family: str = "llava"
+    base: str | None = None  # folder of the run or checkpoint of family "llava" from which family "next" starts
     smoke: bool = False
     minutes: float | None = None
     steps: int | None = None
     stop_after: float = float("inf")  # seconds since this call began: write the state and leave
     stop_at_step: int | None = None
-    batch_size: int = 256  # scenes per process
+    batch_size: int = 256  # scenes per process; of family "next", views
     warmup: int = 300
     decay: float = 0.4
     rate: float = 1.0
@@ -110,9 +114,7 @@ class Measures:
             0, place[:, 0], torch.ones_like(place[:, 0], dtype=torch.float)
         )
         first_hits = torch.zeros_like(asked).scatter_add_(0, place[:, 0], right[:, 0].float())
-        values = {
-            name: result[name].detach() for name in ("answers", "contrastive", "dense", "dense_accuracy", "retrieved")
-        }
+        values = {name: value.detach() for name, value in result.items() if name != "turn_right"}
         values |= {"asked": asked, "hits": hits, "first_asked": first_asked, "first_hits": first_hits}
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
@@ -121,7 +123,10 @@ class Measures:
     def means(self) -> dict[str, float]:
         sums = {name: value.float().cpu() for name, value in self.sums.items()}
         result = {name: (sums[name] / self.batches).item() for name in ("answers", "contrastive", "dense", "retrieved")}
-        result |= dict(zip((f"dense_{group}" for group in GROUPS), (sums["dense_accuracy"] / self.batches).tolist()))
+        for part in ("dense", "tile"):
+            if f"{part}_accuracy" in sums:
+                accuracies = (sums[f"{part}_accuracy"] / self.batches).tolist()
+                result |= dict(zip((f"{part}_{group}" for group in GROUPS), accuracies))
         result |= dict(zip(KINDS, (sums["hits"] / sums["asked"].clamp_min(1)).tolist()))
         result |= dict(
             zip((f"first_{kind}" for kind in KINDS), (sums["first_hits"] / sums["first_asked"].clamp_min(1)).tolist())
@@ -129,21 +134,20 @@ class Measures:
         return {name: round(value, 4) for name, value in result.items()}
 
 
-def save_weights(model: TrainingModel, folder: Path) -> None:
-    """The weights in bfloat16 in shards under 14 MiB: enough to export from, and to go on from elsewhere."""
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, value in model.state_dict().items():
-        if name == "llava.lm_head.weight":  # tied to the embeddings
-            continue
-        value = value.detach().to("cpu", torch.bfloat16).contiguous()
-        if used + value.nbytes > SHARD_BYTES:
-            shards.append({})
-            used = 0
-        shards[-1][name] = value
-        used += value.nbytes
-    for index, shard in enumerate(shards):
-        save_file(shard, folder / f"weights-{index}.safetensors")
+def _new_model(options: TrainingOptions) -> TrainingModel:
+    """The untrained model of a family, or the one that goes on from another's weights."""
+    size = SMOKE_SIZE if options.smoke else ModelSize()
+    if options.family not in FAMILIES:
+        raise ValueError(f"family={options.family!r} is not one of {tuple(FAMILIES)}")
+    model_class, _ = FAMILIES[options.family]
+    model = model_class(size)
+    if isinstance(model, TiledTrainingModel):
+        if options.base is None:
+            raise ValueError("base=None: name the run or the checkpoint of family 'llava' that 'next' starts from")
+        model.start_from(load_weights(Path(options.base), options.smoke))
+    elif options.base is not None:
+        raise ValueError(f"base={options.base!r} is for family 'next': 'llava' is trained from scratch")
+    return model
 
 
 def train(options: TrainingOptions) -> TrainingModel:
@@ -160,7 +164,8 @@ def train(options: TrainingOptions) -> TrainingModel:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    model = TrainingModel(SMOKE_SIZE if options.smoke else ModelSize()).to(device)
+    model = _new_model(options).to(device)
+    maker_class = FAMILIES[options.family][1]
     constants = renderer_constants(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = build_optimizers(model, RATES, options.weight_decay)
@@ -179,7 +184,7 @@ def train(options: TrainingOptions) -> TrainingModel:
     if options.compile:
         model.compile_parts()
     last = options.steps if options.steps is not None else 10**7
-    batches = Batches("train", options.batch_size, progress.step, last, rank, ranks, options.seed)
+    batches = Batches("train", options.batch_size, progress.step, last, rank, ranks, options.seed, maker_class)
     loader = iter(
         DataLoader(
             batches,
@@ -189,13 +194,16 @@ def train(options: TrainingOptions) -> TrainingModel:
             prefetch_factor=4 if options.workers else None,
         )
     )
-    maker = BatchMaker("validation", options.seed)
+    maker = maker_class("validation", options.seed)
     prefix = torch.tensor([maker.prefix], device=device)
 
-    def move(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()} | {"prefix": prefix}
+    def move(batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        } | {"prefix": prefix}
 
-    def losses(batch: dict[str, Tensor], jitter: bool) -> dict[str, Tensor]:
+    def losses(batch: dict[str, Any], jitter: bool) -> dict[str, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             return model(batch, constants, jitter)
 
@@ -220,7 +228,7 @@ def train(options: TrainingOptions) -> TrainingModel:
         write({"options": asdict(options), "parameters": parameter_count(model), "processes": ranks})
     bar = tqdm(total=options.steps, initial=progress.step, disable=rank != 0, mininterval=5)
     measures = Measures()
-    validation: list[dict[str, Tensor]] = []
+    validation: list[dict[str, Any]] = []
     saved = stepped = time.monotonic()
     while progress.share < 1 and (options.stop_at_step is None or progress.step < options.stop_at_step):
         batch = move(next(loader))

@@ -71,7 +71,8 @@ def test_answers_are_true_and_balanced():
             case "counting":
                 assert example.answer == str(counts.get(example.classes[0], 0))
             case "location":
-                assert example.answer == f"{ROWS[target.coarse_place[0]]} {COLUMNS[target.coarse_place[1]]}"
+                row, column = example.scene.coarse_place(target)
+                assert example.answer == f"{ROWS[row]} {COLUMNS[column]}"
             case "relation":
                 other = named[CLASSES[example.classes[1]]]
                 truth = {
