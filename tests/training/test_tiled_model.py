@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPModel, LlavaNextForConditionalGeneration
 
 from training.data import BatchMaker, TiledBatchMaker
 from training.evaluate import answer_accuracy, retrieval
 from training.examples import tiled_examples
-from training.export import clip_model, export_stock
+from training.export import clip_model, export_combined, export_stock
 from training.model import SMOKE_SIZE, TrainingModel
 from training.render import renderer_constants
 from training.tiled_model import TiledTrainingModel, recounted_positions, view_facts
@@ -157,3 +158,14 @@ def test_export_loads_completely_and_answers(run, tmp_path, monkeypatch):
     assert set(accuracy) == {"existence"} and 0 <= accuracy["existence"]["accuracy"] <= 1
     monkeypatch.setattr("training.evaluate.RETRIEVAL_BATCH", 8)
     assert 0 <= retrieval(str(clip), "test", 1, tiled=True) <= 1
+
+
+def test_a_checkpoint_comes_apart_into_the_stock_halves_that_it_was_made_of(run, tmp_path):
+    halves = export_stock(load_weights(run[1], smoke=True), tmp_path / "trained")
+    export_combined(*halves, tmp_path / "combined")
+    again = export_stock(load_weights(tmp_path / "combined", smoke=True), tmp_path / "again")
+    for trained, parted in zip(halves, again, strict=True):
+        expected, found = (load_file(folder / "model.safetensors") for folder in (trained, parted))
+        assert expected.keys() == found.keys()
+        # CLIP's temperature is no part of the combined checkpoint.
+        assert all(torch.equal(expected[name], found[name]) for name in expected if name != "logit_scale")
