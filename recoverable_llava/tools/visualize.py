@@ -41,7 +41,7 @@ def draw_recovery(
     """The image with the patches of each kind marked, and below it what the marks mean and how many tokens each gives.
 
     LLaVA-1.5 sees the centre square. LLaVA-NeXT sees the whole picture twice, and so it is drawn twice, one below the
-    other (a high one side by side): its tiles joined, where patches are small and sharp, and all of it in one tile,
+    other (a high one side by side): its tiles joined, where patches are small and sharp, and the whole in one tile,
     where they are large and coarse.
 
     Args:
@@ -122,7 +122,7 @@ def _draw_tiles(image: Image.Image, kinds: dict[str, np.ndarray], tiles: Any, si
     base_cell = _scaled(image.width, scale / side), _scaled(image.height, scale / side)
     whole = image.convert("RGB")
     base = _draw_patches(whole, {kind: mask[:num_base] for kind, mask in kinds.items()}, (side, side), base_cell)
-    views = {f"All of it in one tile, coarse: {_num_kept(kinds, slice(num_base))} of {num_base} patches": base}
+    views = {f"As a whole, coarse: {_num_kept(kinds, slice(num_base))} of {num_base} patches": base}
     if tiles.num_patches > num_base:  # the tiles show nothing of a very narrow picture
         grid = slice(num_base, tiles.num_patches)
         cell = round(size / max(tiles.rows, tiles.columns))
