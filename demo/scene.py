@@ -1,7 +1,8 @@
 """The pictures that the demo asks about: scenes of the kinds that the embedded checkpoints were trained on, held out.
 
-`training/` drew both as test scenes: `scene.png` for LLaVA-1.5 (commit 5312e3e), `large_scene.png` for LLaVA-NeXT. The
-pictures of objects on them are Noto Emoji (SIL Open Font License). The answers are what a picture shows.
+`training/` drew both as test scenes: `scene.png` for LLaVA-1.5 (commit 5312e3e), `large_scene.png` for LLaVA-NeXT
+(commit f12b126, number 272 of `tiled_examples("test", 273)`). The pictures of objects on them are Noto Emoji (SIL Open
+Font License). The answers are what a picture shows.
 """
 
 from pathlib import Path

@@ -109,7 +109,7 @@ def _warn_of_photos(model: str, picture: str | Path) -> None:
     from tqdm import tqdm
 
     tqdm.write(
-        f"recoverable-llava: {model} knows drawn scenes only, such as demo/scene.png, and {str(picture)!r} is none: "
+        f"recoverable-llava: {model} knows drawn scenes only, such as those in demo/, and {str(picture)!r} is none: "
         "its answer means nothing. For photos, build a compressed LLaVA (docs/publishing.md) and name it with "
         "--model.",
         file=sys.stderr,

@@ -179,6 +179,7 @@ def test_load_quantised(run):
     assert quantised and all("language_model" in name or "multi_modal_projector" in name for name in quantised)
 
 
+@both_families  # the vLLM plugin sends who has a LLaVA-NeXT here
 def test_ask_a_server(run, clone):
     pytest.importorskip("openai", reason='needs pip install "transformers[serving]"')
     with socket.socket() as probe:
