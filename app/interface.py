@@ -21,6 +21,7 @@ from recoverable_llava.tools.asking import (
     assistant_turn,
     is_unfamiliar,
     recovery_settings,
+    sees_tiles,
     user_turn,
     uses_threshold,
 )
@@ -33,12 +34,20 @@ LARGEST_UPLOAD = "10mb"
 LONGEST_QUESTION = 1000
 MOST_TURNS = 20
 NO_PICTURE = "Upload or pick a picture."
-EXAMPLES = [
+EXAMPLES = [  # in the size that LLaVA-1.5 sees
     ("scene_0.png", "What word is under the lemon?"),
     ("scene_0.png", "What color is the plate of the penguin?"),
     ("scene_3.png", "How many pictures of a cookie are there?"),
     ("scene_5.png", "Is the fish below the snake?"),
 ]
+LARGE_EXAMPLES = [  # for LLaVA-NeXT
+    ("large_scene.png", "What word is under the banana?"),
+    ("large_scene.png", "What color is the plate of the fish?"),
+    ("large_scene.png", "How many pictures of an airplane are there?"),
+    ("large_scene.png", "Is the banana below the shoe?"),
+]
+SEEN = "The model sees its centre square only."
+SEEN_IN_TILES = "The model sees all of it: in tiles, and once more as a whole."
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
 CSS = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
@@ -48,7 +57,7 @@ back. Model: `{name}`."""
 KNOWS_SCENES = "This checkpoint knows drawn scenes like these, and nothing else."
 PHOTO = (
     "This picture is no drawn scene, and this checkpoint knows nothing else: **its answers mean nothing here.** For "
-    "photos, start the app with a compressed LLaVA-1.5: `python -m app --model FOLDER`."
+    "photos, start the app with a compressed LLaVA: `python -m app --model FOLDER`."
 )
 PRESETS_SAY = (
     "default, this project's own: important patches that are unlike each other, nine in ten of them chosen by the "
@@ -83,6 +92,7 @@ class Visit:
 def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
     """The app around a model and its processor, as `recoverable_llava.tools.asking.load` returns them."""
     shared, config, num_patches = SharedModel(model, processor), model.config, model.config.num_patches
+    seen, examples = (SEEN_IN_TILES, LARGE_EXAMPLES) if sees_tiles(config) else (SEEN, EXAMPLES)
     own_preset = "default" if config.selection == "novelty" else "paper"
 
     def settings(preset: str, novelty: float, outlier: float, budget: float) -> dict[str, Any]:
@@ -150,7 +160,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
 
     # The page opens with an example answered. The first call is slower than all others, and would be held against the
     # compressed answer.
-    first_picture, first_question = str(SCENES / EXAMPLES[0][0]), EXAMPLES[0][1]
+    first_picture, first_question = str(SCENES / examples[0][0]), examples[0][1]
     own_budget = config.visual_token_budget or 0
     own_settings = settings(own_preset, config.novelty_threshold, config.lof_threshold, own_budget)
     answer_turn(first_picture, [], first_question, own_settings)
@@ -161,7 +171,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
         gr.Markdown(ABOUT.format(name=name))
         with gr.Row():
             with gr.Column(min_width=320):
-                gr.HTML("<b>Picture</b> The model sees its centre square only.", elem_classes="caption", padding=False)
+                gr.HTML(f"<b>Picture</b> {seen}", elem_classes="caption", padding=False)
                 picture = gr.Image(
                     first_picture,
                     label="Picture",
@@ -179,8 +189,8 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
                 )
                 gr.HTML(f"<b>Pictures to try</b> {KNOWS_SCENES * knows_scenes}", elem_classes="caption", padding=False)
                 with gr.Row(elem_id="examples"):
-                    examples = [
-                        gr.Button(text, icon=str(SCENES / file), size="sm", min_width=200) for file, text in EXAMPLES
+                    buttons = [
+                        gr.Button(text, icon=str(SCENES / file), size="sm", min_width=200) for file, text in examples
                     ]
             with gr.Column(min_width=320):
                 counts = gr.HTML(first_counts, elem_id="counts", padding=False)
@@ -190,6 +200,7 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
                     show_label=False,
                     interactive=False,
                     elem_id="overlay",
+                    elem_classes="tiled" if sees_tiles(config) else None,
                     buttons=["download", "fullscreen"],
                 )
         notice = gr.Markdown(PHOTO, visible=False, elem_id="notice")
@@ -251,8 +262,8 @@ def build_interface(model: Any, processor: Any, name: str) -> gr.Blocks:
             )
         one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "answers", "preprocess": False}
         question.submit(answer, inputs, answered, **one_at_a_time)
-        for example, (file, text) in zip(examples, EXAMPLES):
-            picked = example.click(partial(_picked, file, text), None, [picture, question], queue=False, **private)
+        for button, (file, text) in zip(buttons, examples):
+            picked = button.click(partial(_picked, file, text), None, [picture, question], queue=False, **private)
             picked.then(answer, inputs, answered, **one_at_a_time, **private)
         gr.on([preset.input, budget.input], show_controls, [preset, budget], thresholds, queue=False, **private)
         gr.on([again.click, compressed.clear, full.clear], forget, visit, [compressed, full], queue=False, **private)
@@ -320,9 +331,9 @@ def _conversation(picture: Any, turns: list[dict], question: str, answer_key: st
 
 
 def _counts(recovery: Any) -> str:
-    """How many tokens stay, and of which kind, each with the mark that the overlay gives it."""
+    """How many of the picture's tokens stay, and of which kind, each with the mark that the overlay gives it."""
     selection = recovery.selection
-    kept, total = int(selection.num_tokens), selection.chosen_by_vision.shape[1]
+    kept, (total,) = int(selection.num_tokens), recovery.num_uncompressed
     kinds = [
         ("vision", VISION_COLOR, int(selection.num_visual), "kept by vision"),
         ("text", TEXT_COLOR, int(selection.num_text), "recovered for the question"),

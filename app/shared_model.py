@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from recoverable_llava.modeling_recoverable_llava import Recovery
+from recoverable_llava.recoverable_vision import Recovery
 from recoverable_llava.tools.asking import Answer, ask, recover, user_turn
 from recoverable_llava.tools.pictures import open_picture
 

@@ -13,7 +13,8 @@ import torch
 from transformers import pipeline
 from transformers.utils import logging
 
-from demo.scene import ANSWERS, PICTURE
+from demo.scene import ANSWERS, LARGE_ANSWERS, LARGE_PICTURE, PICTURE
+from recoverable_llava.tools.asking import read_config, sees_tiles
 from recoverable_llava.tools.pictures import open_picture
 from recoverable_llava.tools.visualize import draw_questions
 
@@ -24,12 +25,15 @@ CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--model", default=str(CHECKPOINT), help="folder or Hub repo (default: %(default)s)")
-    parser.add_argument("--image", default=str(PICTURE), help="picture to ask about (default: %(default)s)")
+    parser.add_argument("--image", help="picture to ask about (default: one in demo/, of a size for the model)")
     parser.add_argument("--question", action="append", help="question to ask; may be given several times")
     parser.add_argument("--output", default="output/demo.png", help="picture to draw (default: %(default)s)")
     arguments = parser.parse_args()
     try:
-        picture = open_picture(arguments.image)
+        is_large = sees_tiles(read_config(arguments.model))
+        path, visible = (LARGE_PICTURE, LARGE_ANSWERS) if is_large else (PICTURE, ANSWERS)
+        path = arguments.image or path
+        picture = open_picture(path)
     except ValueError as error:
         print(f"python -m demo: {error}", file=sys.stderr)
         return 2
@@ -38,7 +42,7 @@ def main() -> int:
 
     dtype = "auto" if torch.cuda.is_available() else "float32"  # the fastest on either
     answerer = pipeline("image-text-to-text", model=arguments.model, trust_remote_code=True, dtype=dtype)
-    print(f"Model: {arguments.model}\nPicture: {arguments.image}\n")
+    print(f"Model: {arguments.model}\nPicture: {path}, {picture.width} x {picture.height} pixels\n")
 
     def answer(messages: list[dict], compress: bool) -> tuple[str, float]:
         """The answer, and the seconds that it took."""
@@ -48,7 +52,7 @@ def main() -> int:
         return reply[0]["generated_text"].strip(), time.perf_counter() - started
 
     recoveries, answers = {}, {}
-    for number, question in enumerate(arguments.question or ANSWERS):
+    for number, question in enumerate(arguments.question or visible):
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         if number == 0:  # the first call of a kind takes longer, and is not what is compared
@@ -62,13 +66,13 @@ def main() -> int:
         recoveries[question], answers[question] = recovery, said[True][0]
 
         selection = recovery.selection
-        total, kept = selection.chosen_by_vision.shape[1], int(selection.num_tokens)
+        (total,), kept = recovery.num_uncompressed, int(selection.num_tokens)
         print(question)
-        if not arguments.question and arguments.image == str(PICTURE):
-            print(f"  to be seen     {ANSWERS[question]}")
-        print(f"  {total:3} tokens     {said[False][0]}  ({said[False][1]:.2f} s)")
+        if not arguments.question and not arguments.image:
+            print(f"  to be seen      {visible[question]}")
+        print(f"  {total:4} tokens     {said[False][0]}  ({said[False][1]:.2f} s)")
         print(
-            f"  {kept:3} tokens     {said[True][0]}  ({said[True][1]:.2f} s; {int(selection.num_visual)} kept by "
+            f"  {kept:4} tokens     {said[True][0]}  ({said[True][1]:.2f} s; {int(selection.num_visual)} kept by "
             f"vision, {int(selection.num_text)} recovered for the question, {int(selection.num_merged)} merged)"
         )
     output = Path(arguments.output)

@@ -20,9 +20,9 @@ recoveries = {}
 for question in ("What word is under the lemon?", "Where is the cactus?"):
     inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
     recoveries[question] = model.recover_tokens(**inputs.to(model.device, dtype=model.dtype))
-    selection = recoveries[question].selection
+    selection, (num_uncompressed,) = recoveries[question].selection, recoveries[question].num_uncompressed
     print(
-        f"{question} {int(selection.num_tokens)} of {selection.chosen_by_vision.shape[1]} visual tokens: "
+        f"{question} {int(selection.num_tokens)} of {num_uncompressed} visual tokens: "
         f"{int(selection.num_visual)} kept by vision, {int(selection.num_text)} recovered for the question, "
         f"{int(selection.num_merged)} merged"
     )

@@ -25,8 +25,8 @@ for question in ("What word is under the lemon?", "Where is the cactus?", "How m
         return_tensors="pt",
     ).to(model.device, dtype=model.dtype)
     pixel_values = inputs.pop("pixel_values")
-    if vision_features is None:
-        vision_features = model.get_vision_features(pixel_values)
+    if vision_features is None:  # LLaVA-NeXT has image_sizes
+        vision_features = model.get_vision_features(pixel_values, image_sizes=inputs.get("image_sizes"))
     ids = model.generate(**inputs, vision_features=vision_features, max_new_tokens=16)
     num_tokens = int(model.recover_tokens(**inputs, vision_features=vision_features).selection.num_tokens)
     answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

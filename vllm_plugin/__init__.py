@@ -9,10 +9,25 @@ What lies where, in the order in which a request passes:
     cpu_server.yaml     flags of a small server on a CPU
 """
 
+from typing import Any
+
+
 # Architecture in config.json -> the class that runs it. vLLM imports a class where a model needs it.
-ARCHITECTURES = {
-    "RecoverableLlavaForConditionalGeneration": "vllm_plugin.model:RecoverableLlavaForConditionalGeneration",
-}
+# LLaVA-NeXT is known so that it can be refused: unknown, it would fall to vLLM's Transformers backend, which does not
+# compress as this model does.
+ARCHITECTURES = dict.fromkeys(
+    ("RecoverableLlavaForConditionalGeneration", "RecoverableLlavaNextForConditionalGeneration"),
+    "vllm_plugin.model:RecoverableLlavaForConditionalGeneration",
+)
+
+
+def check_family(config: Any) -> None:
+    """Raise a ValueError unless this plugin runs the family of a repo's configuration."""
+    if config.model_type != "recoverable_llava":
+        raise ValueError(
+            f"This vLLM plugin serves LLaVA-1.5, and the repo is a {config.model_type!r}: serve that with "
+            "`transformers serve REPO --trust-remote-code`."
+        )
 
 
 def register() -> None:

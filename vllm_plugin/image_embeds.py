@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoConfig
 
 from recoverable_llava import RecoverableLlavaProcessor, RecoverableLlavaVisionModel
+
+from . import check_family
 
 
 class ImageEmbedder:
@@ -24,9 +27,13 @@ class ImageEmbedder:
         repo: folder or Hub repo id.
         device: such as "cpu" or "cuda".
         dtype: that of the tokens; by default the checkpoint's.
+
+    Raises:
+        ValueError: if the repo is of a family that the plugin does not run.
     """
 
     def __init__(self, repo: str | Path, device: str = "cpu", dtype: str | torch.dtype = "auto"):
+        check_family(AutoConfig.from_pretrained(repo))
         self.model: Any = RecoverableLlavaVisionModel.from_pretrained(repo, dtype=dtype, use_safetensors=True)
         self.model = self.model.to(device).eval()
         self.processor: Any = RecoverableLlavaProcessor.from_pretrained(repo)

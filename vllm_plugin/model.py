@@ -27,6 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from recoverable_llava import RecoverableLlavaVisionModel, VisionFeatures
 
+from . import check_family
 from .processing import (
     RecoverableLlavaDummyInputsBuilder,
     RecoverableLlavaMultiModalProcessor,
@@ -74,6 +75,7 @@ class RecoverableLlavaForConditionalGeneration(nn.Module, SupportsMultiModal, Su
         super().__init__()
         model_config = vllm_config.model_config
         self.config = model_config.hf_config
+        check_family(self.config)
         self.configure_mm_token_handling(self.config.text_config.vocab_size, [self.config.image_token_index])
         with self._mark_tower_model(vllm_config, "image"):
             self.vision = RecoverableLlavaVisionModel(self.config).to(model_config.dtype)

@@ -33,6 +33,8 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaProcessor
 
+from . import check_family
+
 
 DEFAULT_BUDGET = 64
 PIXELS_MIB = 64
@@ -46,6 +48,7 @@ SCOPES = ("text_kwargs", "images_kwargs")
 
 class RecoverableLlavaProcessingInfo(BaseProcessingInfo):
     def get_hf_config(self) -> RecoverableLlavaConfig:
+        check_family(self.ctx.get_hf_config())
         return self.ctx.get_hf_config(RecoverableLlavaConfig)
 
     def get_hf_processor(self, **kwargs: object) -> RecoverableLlavaProcessor:

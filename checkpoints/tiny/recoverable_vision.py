@@ -115,6 +115,15 @@ class Recovery:
     assembly: Assembly
     visual_scores: torch.Tensor  # [I, N]
     text_scores: torch.Tensor | None  # [I, N]
+    tiles: Any = None  # of each image, in families that cut images into tiles (image_tiles.py)
+
+    @property
+    def num_uncompressed(self) -> list[int]:
+        """How many tokens each image has without compression, new lines included, its class token not counted."""
+        if self.tiles is None:
+            num_images, num_patches = self.visual_scores.shape
+            return [num_patches] * num_images
+        return [tiles.num_tokens for tiles in self.tiles]
 
 
 class RecoverableVisionMixin(nn.Module):
@@ -206,13 +215,17 @@ class RecoverableVisionMixin(nn.Module):
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: Any = None,
         **options: Any,
     ) -> VisionFeatures:
         """One pass of the vision tower over pixels [I, 3, H, W]; see `VisionFeatures`.
 
-        The layer and the strategy are the config's where they are not given.
+        The layer and the strategy are the config's where they are not given; `image_sizes` is what the processor
+        returns in families that have it.
         """
         settings = self.config.recovery_settings()
+        if image_sizes is not None:
+            options["image_sizes"] = image_sizes
         return self.encode_images(
             pixel_values,
             settings.text_relevance,
@@ -425,7 +438,7 @@ class RecoverableVisionMixin(nn.Module):
         else:
             num_tokens, num_merged = sizes(selection)
         assembly = self.assemble(selection, images, settings, num_tokens, num_merged)
-        return Recovery(selection, assembly, vision.visual_scores, images.text_scores)
+        return Recovery(selection, assembly, vision.visual_scores, images.text_scores, vision.tiles)
 
     def budget_tokens(
         self, vision: VisionFeatures, questions: Questions | None, settings: RecoverySettings

@@ -14,13 +14,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor
 
-from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
-from recoverable_llava.modeling_recoverable_llava import (
-    RecoverableLlavaForConditionalGeneration,
-    Recovery,
-    VisionFeatures,
-)
-from recoverable_llava.recovery_settings import PRESETS
+from recoverable_llava.recoverable_vision import Recovery, VisionFeatures
+from recoverable_llava.recovery_settings import PRESETS, RecoverySettingsMixin
+from recoverable_llava.tools.families import family_of
 from recoverable_llava.tools.settings import configured
 
 
@@ -39,7 +35,7 @@ class Answer:
     recovery: Recovery | None  # None without compression
 
 
-def read_config(repo: str) -> RecoverableLlavaConfig:
+def read_config(repo: str) -> Any:
     """The config of a folder or Hub repo.
 
     Raises:
@@ -61,7 +57,7 @@ def read_config(repo: str) -> RecoverableLlavaConfig:
         raise ValueError(
             f"{repo!r} is not a LLaVA with recoverable compression. ({str(error).splitlines()[0]})"
         ) from error
-    if not isinstance(config, RecoverableLlavaConfig):
+    if not isinstance(config, RecoverySettingsMixin):
         raise ValueError(
             f"{repo!r} is a {config.model_type!r} checkpoint without recoverable compression: build one from it with "
             "`recoverable-llava-upload build`, or name another."
@@ -69,10 +65,11 @@ def read_config(repo: str) -> RecoverableLlavaConfig:
     return config
 
 
-def load(
-    repo: str, device: str | None = None, dtype: str | None = None
-) -> tuple[RecoverableLlavaForConditionalGeneration, Any]:
-    """Model and processor of a folder or Hub repo, in evaluation mode.
+def load(repo: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """Model and processor of a folder or Hub repo of any family, in evaluation mode.
+
+    The processor prepares whole prompts, also where the repo has a fixed budget: calls may ask for another one, or for
+    no compression.
 
     Args:
         repo: folder or repo id.
@@ -90,22 +87,32 @@ def load(
         raise ValueError(f"device={device!r} is none that torch knows: use cpu or cuda.") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but there is no CUDA GPU here, or torch was built without CUDA: use cpu.")
-    read_config(repo)
+    family = family_of(read_config(repo).model_type)
     dtype = dtype or ("auto" if device.startswith("cuda") else "float32")
     try:
-        model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo, dtype=dtype, use_safetensors=True)
+        model = family.model_class.from_pretrained(repo, dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"The weights of {repo!r} are damaged ({error}): get the checkpoint again.") from error
-    return model.to(device).eval(), AutoProcessor.from_pretrained(repo)
+    processor = AutoProcessor.from_pretrained(repo)
+    processor.visual_token_budget = None
+    return model.to(device).eval(), processor
 
 
-def is_unfamiliar(config: RecoverableLlavaConfig, picture: Image.Image) -> bool:
+def sees_tiles(config: Any) -> bool:
+    """Whether the model of a config sees all of a picture, in tiles, or else its centre square."""
+    return hasattr(config, "image_grid_pinpoints")
+
+
+def is_unfamiliar(config: Any, picture: Image.Image) -> bool:
     """Whether the checkpoint was made for drawn scenes alone, and the picture is not of their size.
 
-    `training/` draws its scenes in the size of the vision tower, and writes `picture_domain` into the config.
+    `training/` writes `picture_domain` into the config, and, where its scenes are not of the size of the vision tower,
+    their `picture_sizes` (height, width).
     """
-    size = config.vision_config.image_size
-    return getattr(config, "picture_domain", None) == DRAWN_SCENES and picture.size != (size, size)
+    side = config.vision_config.image_size
+    sizes = getattr(config, "picture_sizes", None) or [(side, side)]
+    is_of_their_size = (picture.height, picture.width) in map(tuple, sizes)
+    return getattr(config, "picture_domain", None) == DRAWN_SCENES and not is_of_their_size
 
 
 def user_turn(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def assistant_turn(answer: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def ask(
-    model: RecoverableLlavaForConditionalGeneration,
+    model: Any,
     processor: Any,
     messages: Sequence[dict[str, Any]],
     *,
@@ -131,27 +138,28 @@ def ask(
     """The answer to a conversation that ends with a user's turn.
 
     Args:
+        processor: as `load` returns it.
         messages: turns as `user_turn` and `assistant_turn` make them.
         config_settings: fields of the config for this call alone, such as `compress=False` or `lof_threshold=2.0`.
     """
     inputs = _inputs(model, processor, messages)
-    per_image = model.config.num_patches + model.config.num_class_tokens
-    num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    num_uncompressed = int((inputs["input_ids"] == model.config.image_token_id).sum())
     with configured(model.config, **config_settings):
-        recovery = model.recover_tokens(**inputs) if model.config.compress and num_images else None
+        recovery = model.recover_tokens(**inputs) if model.config.compress and num_uncompressed else None
         started = time.perf_counter()
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         seconds = time.perf_counter() - started
-    num_tokens = num_images * per_image
+    num_tokens = num_uncompressed
     if recovery is not None:
-        num_tokens = int(recovery.selection.num_tokens.sum()) + num_images * model.config.num_class_tokens
-    return Answer(text, num_tokens, num_images * per_image, seconds, recovery)
+        kept = recovery.selection.num_tokens
+        num_tokens = int(kept.sum()) + len(kept) * model.config.num_class_tokens
+    return Answer(text, num_tokens, num_uncompressed, seconds, recovery)
 
 
 @torch.inference_mode()
 def recover(
-    model: RecoverableLlavaForConditionalGeneration,
+    model: Any,
     processor: Any,
     messages: Sequence[dict[str, Any]],
     *,
@@ -171,7 +179,7 @@ def recover(
     pixel_values = inputs.pop("pixel_values")
     with configured(model.config, **config_settings):
         if vision_features is None:
-            vision_features = model.get_vision_features(pixel_values)
+            vision_features = model.get_vision_features(pixel_values, image_sizes=inputs.get("image_sizes"))
         return model.recover_tokens(**inputs, vision_features=vision_features), vision_features
 
 
@@ -183,7 +191,7 @@ def _inputs(model: Any, processor: Any, messages: Sequence[dict[str, Any]]) -> A
 
 
 def recovery_settings(
-    config: RecoverableLlavaConfig,
+    config: Any,
     preset: str | None = None,
     threshold: float | None = None,
     budget: int | None = None,
@@ -211,13 +219,13 @@ def recovery_settings(
     return fields
 
 
-def threshold_field(config: RecoverableLlavaConfig, preset: str | None = None) -> str:
+def threshold_field(config: Any, preset: str | None = None) -> str:
     """The field of the config that is a preset's threshold."""
     selection = PRESETS[preset]["selection"] if preset else config.selection
     return "novelty_threshold" if selection == "novelty" else "lof_threshold"
 
 
-def uses_threshold(config: RecoverableLlavaConfig, preset: str | None = None, budget: int | None = None) -> bool:
+def uses_threshold(config: Any, preset: str | None = None, budget: int | None = None) -> bool:
     """Whether the threshold decides anything: under a budget, the default takes the most novel patches whatever it is,
     while the paper's selection shares the budget among the kinds of tokens as many as the threshold counts of each.
     """

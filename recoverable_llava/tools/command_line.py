@@ -1,6 +1,6 @@
 """The command `recoverable-llava`: ask about one picture, or about every picture of a folder.
 
-Exit codes: 0 all answered; 1 some pictures of a batch could not be read; 2 something to be put right by the caller,
+Exit codes: 0 all answered; 1 some pictures of a batch could not be answered; 2 something to be put right by the caller,
 said in one line; 130 interrupted.
 """
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     compression = shared.add_mutually_exclusive_group()
     compression.add_argument("--no-compress", action="store_true", help="use every visual token, as stock LLaVA does")
     compression.add_argument(
-        "--budget", type=_at_least_one, metavar="K", help="exactly K visual tokens, however much is in the image"
+        "--budget", type=_at_least_one, metavar="K", help="exactly K visual tokens per image, however much is in it"
     )
     shared.add_argument(
         "--preset", choices=("default", "paper"), help="how tokens are chosen (default: the model's way)"
@@ -109,8 +109,8 @@ def _warn_of_photos(model: str, picture: str | Path) -> None:
     from tqdm import tqdm
 
     tqdm.write(
-        f"recoverable-llava: {model} knows drawn scenes only, such as demo/scene.png, and {str(picture)!r} is none: "
-        "its answer means nothing. For photos, build a compressed LLaVA-1.5 (docs/publishing.md) and name it with "
+        f"recoverable-llava: {model} knows drawn scenes only, such as those in demo/, and {str(picture)!r} is none: "
+        "its answer means nothing. For photos, build a compressed LLaVA (docs/publishing.md) and name it with "
         "--model.",
         file=sys.stderr,
     )
@@ -197,19 +197,24 @@ def _batch(arguments: argparse.Namespace) -> int:
         for name, path in progress:
             try:
                 picture = open_picture(path)
-            except ValueError as error:
+                if not warned and is_unfamiliar(config, picture):
+                    _warn_of_photos(arguments.model, path)
+                    warned = True
+                messages = [user_turn(arguments.question, picture)]
+                answer = ask(model, processor, messages, max_new_tokens=arguments.max_new_tokens, **settings)
+            except ValueError as error:  # also of a picture that is too narrow for the budget
                 num_failed += 1
-                tqdm.write(f"recoverable-llava: {error}", file=sys.stderr)
+                tqdm.write(f"recoverable-llava: {name}: {error}", file=sys.stderr)
                 continue
-            if not warned and is_unfamiliar(config, picture):
-                _warn_of_photos(arguments.model, path)
-                warned = True
-            messages = [user_turn(arguments.question, picture)]
-            answer = ask(model, processor, messages, max_new_tokens=arguments.max_new_tokens, **settings)
             answers.add(
-                name, path, answer=answer.text, visual_tokens=answer.num_tokens, seconds=round(answer.seconds, 3)
+                name,
+                path,
+                answer=answer.text,
+                visual_tokens=answer.num_tokens,
+                visual_tokens_uncompressed=answer.num_uncompressed,
+                seconds=round(answer.seconds, 3),
             )
-    answered = f"{len(rest) - num_failed} answered, {num_before} were answered before, {num_failed} unreadable"
+    answered = f"{len(rest) - num_failed} answered, {num_before} were answered before, {num_failed} could not be"
     print(f"{output}: {answered}", file=sys.stderr)
     return 1 if num_failed else 0
 

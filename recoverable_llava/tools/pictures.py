@@ -10,8 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Of a longer picture the model, which sees the centre square, would see less than a fiftieth; and enlarged until its
-# short side fits, as image processors do, it would take the memory of fifty.
+# Of a longer picture LLaVA-1.5, which sees the centre square, would see less than a fiftieth, and LLaVA-NeXT all of it
+# in a row of patches, or in none; and enlarged until its short side fits, as image processors do, it would take the
+# memory of fifty.
 LARGEST_RATIO = 50
 MOST_PIXELS = 80_000_000  # under a gigabyte of memory while it is opened
 
@@ -51,8 +52,8 @@ def _too_large(width: int, height: int) -> str:
     """What is too large about a picture of this size, and what to do; empty if nothing is."""
     if max(width, height) > LARGEST_RATIO * min(width, height):
         return (
-            f"one side more than {LARGEST_RATIO} times the other; the model sees the centre square: crop it to what "
-            "you ask about"
+            f"one side more than {LARGEST_RATIO} times the other; a model would see next to nothing of it: crop it to "
+            "what you ask about"
         )
     return f"more than {MOST_PIXELS:,}: make it smaller" if width * height > MOST_PIXELS else ""
 

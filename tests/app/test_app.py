@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 
@@ -20,10 +21,11 @@ pytest.importorskip("selenium", reason="needs selenium")
 if shutil.which("chromium") is None:
     pytest.skip("needs Debian's chromium and chromium-driver", allow_module_level=True)
 
-from app.interface import CSS, EXAMPLES, LARGEST_UPLOAD, THEME, build_interface  # noqa: E402
+from app.interface import CSS, EXAMPLES, LARGE_EXAMPLES, LARGEST_UPLOAD, THEME, build_interface  # noqa: E402
 from app.shared_model import SharedModel  # noqa: E402
 from app.space import build_space  # noqa: E402
 from recoverable_llava.tools.asking import load  # noqa: E402
+from recoverable_llava.tools.combine import combine  # noqa: E402
 
 
 ROOT = Path(__file__).parents[2]
@@ -358,3 +360,43 @@ def test_start_without_a_checkpoint():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "There is no folder './nowhere'" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def tiled_address(clip_folder, tmp_path_factory):
+    """The app with a tiny LLaVA-NeXT."""
+    folder = tmp_path_factory.mktemp("llava_next")
+    tiny.save_tiny_llava(folder, clip_folder, family="llava_next")
+    interface = build_interface(*combine(str(folder), clip_folder, **tiny.RECOVERY), "tiny LLaVA-NeXT")
+    _, address, _ = interface.queue().launch(prevent_thread_lock=True, css=CSS, theme=THEME, quiet=True)
+    yield address
+    interface.close()
+
+
+def test_a_model_that_sees_tiles(tiled_address, tmp_path):
+    """Numbers of each picture, the whole of it drawn, and a budget that one picture has room for, another not."""
+    Image.effect_noise((90, 150), 50).save(tmp_path / "high.png")
+    Image.effect_noise((1000, 21), 50).save(tmp_path / "narrow.png")
+    page = screenshot.AppPage(tiled_address)
+    try:
+        page.wait(page.overlay)
+        assert "sees all of it: in tiles" in page.driver.find_element("tag name", "body").text
+        assert LARGE_EXAMPLES[0][1] in page.text("full") and "166 of 166 visual tokens" in page.text("full")
+        limits = page.driver.find_element("css selector", "#budget input[type=range]")
+        assert limits.get_attribute("max") == str(5 * tiny.NUM_PATCHES)
+
+        first = page.overlay()
+        page.upload(tmp_path / "high.png")
+        page.wait(lambda: page.overlay() not in ("", first))
+        page.set_number("budget", "76")
+        page.wait(lambda: page.text("counts").startswith("76 of 144"))
+        page.resize(1280)
+        page.save(OUTPUT / "app_tiles.png")
+        overlay = page.driver.find_element("css selector", "#overlay img").rect
+        assert overlay["width"] > overlay["height"]  # both views of a high picture, side by side
+
+        page.upload(tmp_path / "narrow.png")
+        page.wait(lambda: "visual_token_budget is 76" in page.message())
+        assert "lower it" in page.message()
+    finally:
+        page.close()

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from batches import both_families
 
 
 pytest.importorskip("gradio", reason="needs the extra demo")
@@ -59,6 +60,7 @@ def test_twenty_key_presses_are_one_preview(shared, picture, runs):
     assert runs == {"tower": 1, "previews": 1}
 
 
+@both_families
 def test_another_question_needs_no_vision_tower_and_is_the_same(shared, picture, runs, model_and_processor):
     visit = Visit()
     for question in ("what is it?", "where is the cat?"):

@@ -1,4 +1,4 @@
-"""The demo on the embedded checkpoint."""
+"""The demo on the embedded checkpoint, and on a LLaVA-NeXT."""
 
 import runpy
 import sys
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import ImageTextToTextPipeline
 
-from demo.scene import ANSWERS
+from demo.scene import ANSWERS, LARGE_ANSWERS, LARGE_PICTURE
 
 
 def run(monkeypatch, *arguments):
@@ -42,7 +42,24 @@ def test_demo_on_the_embedded_checkpoint(tmp_path, monkeypatch, capsys):
     assert len(calls) == 2 * len(ANSWERS) + 2
 
 
+@pytest.mark.parametrize("family", ["llava_next"], indirect=True)
+def test_a_model_that_sees_tiles_is_asked_about_a_larger_picture(tmp_path, monkeypatch, capsys, repo_folder):
+    output = tmp_path / "demo.png"
+    assert run(monkeypatch, "--model", repo_folder, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert f"{LARGE_PICTURE}, 1200 x 800 pixels" in printed
+    num_tokens = 36 + 8 * (12 + 1)  # the base tile, and rows of patches with a new line
+    assert printed.count(f" {num_tokens} tokens ") == printed.count("to be seen") == len(LARGE_ANSWERS)
+    assert all(question in printed for question in LARGE_ANSWERS)
+    assert Image.open(output).width > 1500
+
+
 def test_a_broken_picture_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_text("no picture")
     assert run(monkeypatch, "--image", tmp_path / "broken.png") == 2
     assert "broken.png' is no picture" in capsys.readouterr().err
+
+
+def test_a_model_without_compression_is_said(monkeypatch, capsys, llava_folder):
+    assert run(monkeypatch, "--model", llava_folder) == 2
+    assert "is a 'llava' checkpoint without recoverable compression" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from difflib import ndiff
 from pathlib import Path
 
 import pytest
+from batches import both_families
 from PIL import Image
 
 
@@ -87,6 +88,7 @@ def test_no_server(clone, monkeypatch):
     assert message.startswith("No server answers at http://127.0.0.1:9/v1")
 
 
+@both_families
 def test_swap_is_a_diff_of_two_lines(run, llava_folder, repo_folder):
     stock, swapped = (
         (EXAMPLES / name).read_text().splitlines()[1:] for name in ("stock_script.py", "swapped_script.py")
@@ -97,10 +99,12 @@ def test_swap_is_a_diff_of_two_lines(run, llava_folder, repo_folder):
     run("swapped_script.py", repo_folder)
 
 
+@both_families
 def test_pipeline(run):
     assert run("ask_with_pipeline.py")[0]
 
 
+@both_families
 def test_batch_folder_goes_on_after_a_stop(run, clone, pictures):
     (clone / "pictures").mkdir()
     for number in range(10):
@@ -118,6 +122,7 @@ def test_batch_folder_goes_on_after_a_stop(run, clone, pictures):
     assert len(lines) == 20 and not any("broken" in line for line in lines)
 
 
+@both_families
 @pytest.mark.parametrize("end", ["\n", ""], ids=["empty line", "end of input"])
 def test_streaming_chat(run, monkeypatch, end):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the cactus?\nand the whale?\n" + end))
@@ -125,17 +130,20 @@ def test_streaming_chat(run, monkeypatch, end):
     assert [message["role"] for message in result["messages"]] == ["user", "assistant"] * 2
 
 
+@both_families
 def test_several_turns(run):
     out, result = run("several_turns.py")
     assert result["first"].past_key_values.get_seq_length() < result["ids"].shape[1]
     assert "in the cache" in out
 
 
+@both_families
 def test_multiple_images(run):
     out, _ = run("multiple_images.py")
     assert len(re.search(r"\[(.*)\]", out)[1].split(",")) == 2
 
 
+@both_families
 def test_many_questions_run_the_vision_tower_once(run, monkeypatch):
     from transformers.models.clip.modeling_clip import CLIPVisionModel
 
@@ -146,12 +154,15 @@ def test_many_questions_run_the_vision_tower_once(run, monkeypatch):
     assert out.count("visual tokens") == 3
 
 
-def test_inspect_recovery(run, clone):
+@both_families
+def test_inspect_recovery(run, clone, family):
     out, _ = run("inspect_recovery.py")
-    assert out.count("kept by vision") == 2
+    total = {"llava": 36, "llava_next": 36 + 12 * (12 + 1)}[family]
+    assert out.count(f"of {total} visual tokens") == out.count("kept by vision") == 2
     assert Image.open(clone / "recovery.png").width > 1000
 
 
+@both_families
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_fine_tune_lora(run, clone):
     _, result = run("fine_tune_lora.py")
@@ -168,6 +179,7 @@ def test_load_quantised(run):
     assert quantised and all("language_model" in name or "multi_modal_projector" in name for name in quantised)
 
 
+@both_families  # the vLLM plugin sends who has a LLaVA-NeXT here
 def test_ask_a_server(run, clone):
     pytest.importorskip("openai", reason='needs pip install "transformers[serving]"')
     with socket.socket() as probe:

@@ -11,8 +11,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import tiny
+from batches import both_families
 from PIL import Image
 
+from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaNextConfig
 from recoverable_llava.tools import asking
 from recoverable_llava.tools.command_line import main
 
@@ -44,7 +47,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_ask_prints_the_answer_alone_on_stdout(capsys, repo_folder, picture, tmp_path):
+def num_uncompressed(family):
+    """Of the picture of 120 x 100 pixels: for LLaVA-NeXT the base tile, and 10 rows of 12 patches and a new line."""
+    return {"llava": 36, "llava_next": 36 + 10 * (12 + 1)}[family]
+
+
+@both_families
+def test_ask_prints_the_answer_alone_on_stdout(capsys, repo_folder, picture, tmp_path, family):
     overlay = tmp_path / "kept.png"
     code, out, err = run(capsys, "ask", picture, "what is it?", "--model", repo_folder, "--max-new-tokens", 4,
                          "--overlay", overlay)  # fmt: skip
@@ -52,21 +61,55 @@ def test_ask_prints_the_answer_alone_on_stdout(capsys, repo_folder, picture, tmp
     model, processor = asking.load(repo_folder)
     expected = asking.ask(model, processor, [asking.user_turn("what is it?", Image.open(picture))], max_new_tokens=4)
     assert out.rstrip("\n") == expected.text
-    assert f"{expected.num_tokens} of 36 visual tokens" in err
+    assert expected.num_uncompressed == num_uncompressed(family) > expected.num_tokens
+    assert f"{expected.num_tokens} of {expected.num_uncompressed} visual tokens" in err
     assert Image.open(overlay).width > 600
 
 
+@both_families
 @pytest.mark.parametrize(
     "arguments, tokens",
-    [
-        (["--no-compress"], "36 of 36"),
-        (["--budget", "5"], "5 of 36"),
-        (["--preset", "paper", "--threshold", "1e6"], "2 of 36"),
-    ],
+    [(["--no-compress"], None), (["--budget", "5"], 5), (["--preset", "paper", "--threshold", "1e6"], 2)],
 )
-def test_compression_options(capsys, repo_folder, picture, arguments, tokens):
+def test_compression_options(capsys, repo_folder, picture, arguments, tokens, family):
+    total = num_uncompressed(family)
     code, _, err = run(capsys, "ask", picture, "why?", "--model", repo_folder, "--max-new-tokens", 2, *arguments)
-    assert code == 0 and tokens in err
+    assert code == 0 and f"{tokens or total} of {total} visual tokens" in err
+
+
+@pytest.fixture
+def repo_with_a_budget(repo_folder, tmp_path):
+    """A repo that has a budget of its own, in both of its files."""
+    folder = tmp_path / "repo"
+    shutil.copytree(repo_folder, folder)
+    for file in ("config.json", "processor_config.json"):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, "visual_token_budget": 7}))
+    return folder
+
+
+@pytest.mark.parametrize("arguments, tokens", [([], 7), (["--budget", "5"], 5), (["--no-compress"], 36)])
+def test_a_repo_with_a_budget_takes_every_option(capsys, repo_with_a_budget, picture, arguments, tokens):
+    command = ["ask", picture, "why?", "--model", repo_with_a_budget, "--max-new-tokens", 2]
+    code, _, err = run(capsys, *command, *arguments)
+    assert code == 0 and f"{tokens} of 36 visual tokens" in err
+
+
+@pytest.mark.parametrize("family", ["llava_next"], indirect=True)
+def test_a_picture_too_narrow_for_the_budget(capsys, repo_folder, tmp_path, pictures):
+    """Named with what it has room for; the others of a batch are answered."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pictures[0].save(folder / "a.png")
+    Image.new("RGB", (1000, 21)).save(folder / "narrow.png")
+    options = ["why?", "--model", repo_folder, "--max-new-tokens", 2, "--budget", tiny.NUM_PATCHES + 40]
+    code, out, err = run(capsys, "ask", folder / "narrow.png", *options)
+    assert (code, out) == (2, "") and re.search(r"visual_token_budget is 76, but image 0 .* has only \d+ patches", err)
+    output = tmp_path / "answers.jsonl"
+    code, _, err = run(capsys, "batch", folder, *options, "--output", output)
+    assert code == 1 and "narrow.png: visual_token_budget is 76" in err and "1 could not be" in err
+    (line,) = lines(output)
+    assert (line["image"], line["visual_tokens"], line["visual_tokens_uncompressed"]) == ("a.png", 76, 166)
 
 
 def test_batch_writes_a_line_per_picture_and_goes_on_after_a_stop(capsys, repo_folder, folder, tmp_path):
@@ -111,7 +154,7 @@ def test_batch_goes_on_only_with_what_made_the_file(capsys, repo_folder, folder,
     other_folder = tmp_path / "other"
     other_folder.mkdir()
     pictures[3].save(other_folder / "a.png")
-    monkeypatch.setattr(asking.RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
+    monkeypatch.setattr(RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
     for replaced, message in [
         ([], 'preset was "paper", is null'),
         (["--preset", "default"], 'preset was "paper", is "default"'),
@@ -189,6 +232,13 @@ def test_pictures_that_the_checkpoint_was_not_made_for(capsys, repo_folder, fold
     assert err.count("knows drawn scenes only") == 1 and "a.png" in err
 
 
+def test_scenes_of_several_sizes():
+    """A checkpoint whose scenes are larger says of which height and width they are."""
+    config = RecoverableLlavaNextConfig(picture_domain=asking.DRAWN_SCENES, picture_sizes=[[800, 1200], [336, 336]])
+    sizes = [(1200, 800), (800, 1200), (336, 336)]
+    assert [asking.is_unfamiliar(config, Image.new("RGB", size)) for size in sizes] == [False, True, False]
+
+
 def test_a_full_disk_is_said_with_the_file(capsys, repo_folder, folder, picture, tmp_path, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("needs Linux's /dev/full")
@@ -217,7 +267,7 @@ def test_batch_goes_on_after_a_broken_picture(capsys, repo_folder, folder, tmp_p
         capsys, "batch", folder, "why?", "--model", repo_folder, "--max-new-tokens", 2, "--output", output
     )
     assert code == 1
-    assert "a.png" in err and "strip.png' has 12000 × 1 pixels" in err and "2 unreadable" in err
+    assert "a.png" in err and "strip.png' has 12000 × 1 pixels" in err and "2 could not be" in err
     assert [line["image"] for line in lines(output)] == ["b.jpg", "deeper/c.webp"]
 
 
@@ -251,7 +301,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "empty.png").mkdir()
-    monkeypatch.setattr(asking.RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
+    monkeypatch.setattr(RecoverableLlavaForConditionalGeneration, "from_pretrained", no_work)
     cases = [
         (["ask", picture, "why?"], "There is no folder 'checkpoints/tiny' here.*--model"),
         (["ask", picture, "why?", "--model", "./nowhere"], "There is no folder './nowhere'"),

@@ -1,15 +1,18 @@
 """The overlay: colours and marks say what the masks say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from recoverable_llava.tools.visualize import (
     MERGED_COLOR,
     TEXT_COLOR,
     VISION_COLOR,
+    _seen_in_tiles,
     draw_questions,
     draw_recovery,
     seen_square,
@@ -110,3 +113,104 @@ def test_errors_name_the_argument(recovery, pictures):
         draw_recovery(pictures[0], recovery, 2)
     with pytest.raises(ValueError, match="size must be at least one pixel per patch .6., got 5"):
         draw_recovery(pictures[0], recovery, size=5)
+
+
+@pytest.fixture(params=[(120, 100), (90, 150), (200, 60)], ids=["landscape", "portrait", "wide"])
+def tiled(request, model_and_processor):
+    """A picture that LLaVA-NeXT cuts into tiles, and a recovery with patches of every kind in all of them."""
+    model, processor = model_and_processor
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 255, (*request.param[::-1], 3), dtype=np.uint8))
+    inputs = processor(images=picture, text="USER: <image>\nwhat is the cat? ASSISTANT:", return_tensors="pt")
+    recovery = model.recover_tokens(**inputs)
+    kind = torch.from_numpy(generator.integers(0, 5, recovery.visual_scores.shape))
+    names = ("chosen_by_vision", "chosen_by_text", "centres")
+    masks = {name: kind == number for number, name in enumerate(names)}
+    return picture, replace(recovery, selection=replace(recovery.selection, **masks))
+
+
+def views_of(drawn, picture, tiles, size):
+    """Pixels [rows, columns, cell, cell, 3] of what the tiles show, and those of the base tile."""
+    pixels, side, scale = np.asarray(drawn), tiles.grid_width, size / max(picture.size)
+    cell = round(size / max(tiles.rows, tiles.columns))
+    shapes = [(tiles.rows, tiles.columns, cell, cell)]
+    shapes.append((side, side, round(picture.height * scale / side), round(picture.width * scale / side)))
+    heights, widths = ([shape[axis] * shape[axis + 2] for shape in shapes] for axis in (0, 1))
+    if picture.width >= picture.height:
+        title = (drawn.height - sum(heights)) // 2
+        corners = [(title, 0), (drawn.height - heights[1], 0)]
+    else:
+        title = drawn.height - max(heights)
+        corners = [(title, 0), (title, drawn.width - max(widths[1], size // 2))]
+    views = []
+    for (top, left), height, width, shape in zip(corners, heights, widths, shapes):
+        part = pixels[top : top + height, left : left + width]
+        views.append(part.reshape(shape[0], shape[2], shape[1], shape[3], 3).swapaxes(1, 2))
+    return views
+
+
+next_alone = pytest.mark.parametrize("family", ["llava_next"], indirect=True)
+
+
+@next_alone
+def test_every_patch_of_tiles_and_base_has_the_mark_of_its_kind(tiled):
+    picture, recovery = tiled
+    (tiles,), selection = recovery.tiles, recovery.selection
+    grid, base = views_of(draw_recovery(picture, recovery, size=720, legend=False), picture, tiles, 720)
+    marks = {"chosen_by_vision": VISION_COLOR, "chosen_by_text": TEXT_COLOR, "centres": MERGED_COLOR}
+    for name, color in marks.items():
+        mask = getattr(selection, name)[0].numpy()
+        for drawn, of_view in ((base, mask[: base.shape[0] ** 2]), (grid, mask[base.shape[0] ** 2 :])):
+            middle = drawn.shape[2] // 2, drawn.shape[3] // 2
+            place = middle if name == "centres" else (-1, middle[1])
+            assert of_view.any(), name
+            assert ((drawn[:, :, place[0], place[1]] == color).all(-1) == of_view.reshape(drawn.shape[:2])).all(), name
+
+
+@next_alone
+def test_tiles_are_drawn_as_the_model_sees_them(tiled, processor):
+    """The image processor's own tiles, joined and without the padding that the model leaves out, up to resampling."""
+    picture, recovery = tiled
+    smooth = picture.resize((8, 8)).resize(picture.size, Image.Resampling.BICUBIC)
+    (tiles,) = recovery.tiles
+    pixels = processor.image_processor(smooth, do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values
+    rows = pixels[0, 1 : tiles.num_tiles].unflatten(0, (tiles.tile_rows, tiles.tile_columns))
+    joined = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    seen = joined[:, 14 * tiles.top :, 14 * tiles.left :][:, : 14 * tiles.rows, : 14 * tiles.columns]
+    ours = torch.from_numpy(np.asarray(_seen_in_tiles(smooth, tiles, 14)).copy()).permute(2, 0, 1)
+    assert ours.shape == seen.shape
+    assert (seen.int() - ours).abs().max() <= 3
+
+
+@next_alone
+def test_numbers_of_a_tiled_picture(tiled, monkeypatch):
+    """New lines count among the tokens that an image has without compression."""
+    picture, recovery = tiled
+    written = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: written.append(a[2]) or text(*a, **k))
+    draw_recovery(picture, recovery)
+    (tiles,), selection = recovery.tiles, recovery.selection
+    in_base, in_tiles = (int(part.sum()) for part in (selection.chosen[0, :36], selection.chosen[0, 36:]))
+    total = 36 + tiles.rows * (tiles.columns + 1)
+    words = " ".join(written)
+    assert f"{int(selection.num_tokens)} of {total} visual tokens" in words
+    assert f"{in_base} of 36 patches" in words and f"{in_tiles} of {tiles.rows * tiles.columns} patches" in words
+
+
+@next_alone
+def test_a_picture_of_which_tiles_show_nothing(model, processor):
+    inputs = processor(images=Image.new("RGB", (2100, 9)), text="USER: <image>\nwhat? ASSISTANT:", return_tensors="pt")
+    recovery = model.recover_tokens(**inputs)
+    assert recovery.tiles[0].num_patches == 36
+    drawn = draw_recovery(Image.new("RGB", (2100, 9)), recovery)
+    assert drawn.width >= 600
+
+
+@next_alone
+def test_questions_side_by_side_about_a_tiled_picture(tiled):
+    picture, recovery = tiled
+    drawn = draw_questions(picture, {"cat?": recovery, "dog?": recovery}, size=240)
+    assert drawn.width > 3 * min(picture.size) / max(picture.size) * 240
+    with pytest.raises(ValueError, match="size must be at least one pixel per patch .*, got 5"):
+        draw_recovery(picture, recovery, size=5)
