@@ -1,8 +1,12 @@
 """Batches of prompts and pictures for a tiny model, the rows they are made of, and the answers to them."""
 
+import pytest
+import tiny
 import torch
 
 
+# For a test, or a file of them: it runs once with each family's `model`, `processor`, `stock` and repos.
+both_families = pytest.mark.parametrize("family", list(tiny.FAMILIES), indirect=True)
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 PROMPTS = [
     "USER: <image>\nwhat is the colour of the cat ? ASSISTANT:",

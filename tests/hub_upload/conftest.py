@@ -1,5 +1,7 @@
-"""Fixtures: a base of each family as it is published, their CLIP, built folders, a Hub on loopback, and the command
-line against it."""
+"""Fixtures: a base as it is published, its CLIP, a built folder, a Hub on loopback, and the command line against it.
+
+All of one family, LLaVA-1.5 where a test is not marked with `both_families`.
+"""
 
 import shutil
 import subprocess
@@ -16,40 +18,14 @@ from loopback_hub import LoopbackHub
 from hub_upload.build import build
 
 
-@pytest.fixture(scope="session", params=tiny.FAMILIES)
-def family(request) -> str:
-    """For tests of every family: the model_type of its stock configuration."""
-    return request.param
-
-
-def as_published(stock: Path, folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, llava_folder, family) -> Path:
     """A stock LLaVA in the published layout: old names, two shards, card and license."""
-    save_layout(stock, folder, "as published", shards=2)
+    name = family.replace("_", "-")
+    folder = save_layout(Path(llava_folder), tmp_path_factory.mktemp("base") / f"{name}-tiny", "as published", shards=2)
     (folder / "README.md").write_text("---\nlicense: llama2\n---\n\n# A base\n", encoding="utf-8")
     (folder / "LICENSE.txt").write_text("The license of the base.\n", encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, llava_folder) -> Path:
-    return as_published(Path(llava_folder), tmp_path_factory.mktemp("base") / "llava-tiny")
-
-
-@pytest.fixture(scope="session")
-def next_folder(tmp_path_factory, clip_folder) -> Path:
-    folder = tmp_path_factory.mktemp("llava_next")
-    tiny.save_tiny_llava(folder, clip_folder, family="llava_next")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def next_base(tmp_path_factory, next_folder) -> Path:
-    return as_published(next_folder, tmp_path_factory.mktemp("next_base") / "llava-next-tiny")
-
-
-@pytest.fixture(scope="session")
-def base_of_family(family, request) -> Path:
-    return request.getfixturevalue({"llava": "base", "llava_next": "next_base"}[family])
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +36,6 @@ def clip(clip_folder) -> Path:
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory, base, clip) -> Path:
     return build(str(base), tmp_path_factory.mktemp("built") / "compressed", clip=str(clip), **tiny.RECOVERY)
-
-
-@pytest.fixture(scope="session")
-def built_of_family(tmp_path_factory, base_of_family, clip) -> Path:
-    output = tmp_path_factory.mktemp("built_of_family") / "compressed"
-    return build(str(base_of_family), output, clip=str(clip), **tiny.RECOVERY)
 
 
 @pytest.fixture

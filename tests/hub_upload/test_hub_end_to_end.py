@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from batches import answers as answers_of
+from batches import both_families
 from command_line import REPO_ID, run_hub_upload
 from loopback_hub import LoopbackHub
 from PIL import Image
@@ -16,6 +17,8 @@ from PIL import Image
 from hub_upload.build import build
 from recoverable_llava.tools.families import FAMILIES
 
+
+pytestmark = both_families
 
 PRIVATE_ID, CHANGED_ID, BUDGET_ID = "writer/private", "writer/changed", "writer/budget"
 
@@ -116,17 +119,16 @@ def answers(run: subprocess.CompletedProcess) -> dict:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, base_of_family, clip, built_of_family):
+def world(tmp_path_factory, base, clip, built_once):
     """A Hub with a public repository of two commits and a private one."""
     folder = tmp_path_factory.mktemp("world")
-    base = str(base_of_family)
-    later = build(base, folder / "later", clip=str(clip), **tiny.RECOVERY, lof_threshold=2.5)
-    budget = build(base, folder / "budget", clip=str(clip), **tiny.RECOVERY, visual_token_budget=9)
+    later = build(str(base), folder / "later", clip=str(clip), **tiny.RECOVERY, lof_threshold=2.5)
+    budget = build(str(base), folder / "budget", clip=str(clip), **tiny.RECOVERY, visual_token_budget=9)
     with LoopbackHub() as hub:
         for arguments in (
             (budget, BUDGET_ID),
-            (built_of_family, REPO_ID),
-            (built_of_family, PRIVATE_ID, "--private"),
+            (built_once, REPO_ID),
+            (built_once, PRIVATE_ID, "--private"),
             (later, REPO_ID),
         ):
             run = run_hub_upload(hub, folder, "publish", *arguments)
