@@ -15,11 +15,6 @@ from pathlib import Path
 from typing import Any
 
 
-# Stock's model and processor, by the model_type of the base.
-STOCK = {
-    "llava": ("LlavaForConditionalGeneration", "LlavaProcessor"),
-    "llava_next": ("LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
-}
 # By name, as the library would hand a file of some others to a program.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -47,7 +42,7 @@ def picture(path: str | None, size: int) -> Any:
 def check(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
     device = request["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     where = {"revision": request["revision"]} if request["revision"] else {}
@@ -75,9 +70,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     report["tokens"] = int(selection.num_tokens.sum())
     report["of_tokens"] = selection.chosen.shape[1]  # patches of this picture, as it is the only one
 
-    stock_config = AutoConfig.from_pretrained(request["stock"])
-    stock_class, stock_processor_class = (getattr(transformers, name) for name in STOCK[stock_config.model_type])
-    stock_processor = stock_processor_class(
+    stock_processor = getattr(transformers, type(processor).__name__.removeprefix("Recoverable"))(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
         patch_size=processor.patch_size,
@@ -91,7 +84,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         uncompressed = model(**stock_inputs).logits.float().cpu()
     del model
     gc.collect()
-    stock, info = stock_class.from_pretrained(request["stock"], dtype="auto", output_loading_info=True)
+    stock, info = model_class.from_pretrained(request["stock"], dtype="auto", output_loading_info=True)
     report["stock_loading_problems"] = loading_problems(info)
     with torch.no_grad():
         expected = stock.to(device).eval()(**stock_inputs).logits.float().cpu()

@@ -24,11 +24,8 @@ PAGE = "trust_remote_code.md"
 HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *]([\w.-]+\.py)$", flags=re.MULTILINE)
 
 
-# By the model_type of the stock configuration; ours have "recoverable_" before it.
-CONFIGURATIONS = {
-    "llava": "configuration_recoverable_llava.py",
-    "llava_next": "configuration_recoverable_llava_next.py",
-}
+# One for each family, with the model_type of the stock configuration behind it.
+CONFIGURATION = "configuration_recoverable_"
 SETTINGS = "recovery_settings.py"
 
 # Entries of a configuration, at any depth, that make transformers run code of a repository: classes, pipelines, a
@@ -78,9 +75,11 @@ def package_auto_map(model_type: str) -> dict[str, str]:
         ValueError: if there is no such family.
     """
     family = model_type.removeprefix("recoverable_")
-    if family not in CONFIGURATIONS:
-        raise ValueError(f"model_type is {model_type!r}: the families that can be built are {(*CONFIGURATIONS,)}")
-    return _auto_map(CONFIGURATIONS[family])
+    paths = sorted(package_folder().glob(f"{CONFIGURATION}*.py"))
+    files = {path.stem.removeprefix(CONFIGURATION): path.name for path in paths}
+    if family not in files:
+        raise ValueError(f"model_type is {model_type!r}: the families that can be built are {(*files,)}")
+    return _auto_map(files[family])
 
 
 @cache
