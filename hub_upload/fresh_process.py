@@ -68,7 +68,6 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     report["answer"] = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     report["new_tokens"] = generated.shape[1] - inputs["input_ids"].shape[1]
     report["tokens"] = int(selection.num_tokens.sum())
-    report["of_tokens"] = selection.chosen.shape[1]  # patches of this picture, as it is the only one
 
     stock_processor = getattr(transformers, type(processor).__name__.removeprefix("Recoverable"))(
         image_processor=processor.image_processor,
@@ -79,6 +78,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         num_additional_image_tokens=processor.num_additional_image_tokens,
     )
     stock_inputs = stock_processor(images=image, text=prompt, return_tensors="pt").to(device, model.dtype)
+    num_placeholders = int((stock_inputs["input_ids"] == model.config.image_token_id).sum())
+    report["of_tokens"] = num_placeholders - model.config.num_class_tokens
     model.config.compress = False
     with torch.no_grad():
         uncompressed = model(**stock_inputs).logits.float().cpu()

@@ -141,8 +141,8 @@ def _how_many(config: dict[str, Any], checked: Any) -> str:
     bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)
     within = f" ({' and '.join(bounds)})" if bounds else ""
     tiles = (
-        f", by its shape: {of_tile} of the whole picture, and those of the tiles cut from it. One selection runs over "
-        "all of them; the new lines between rows of patches are dropped with the rest"
+        f", by its shape: {of_tile} of the whole picture, and those of the tiles cut from it; new lines, which end "
+        "each row of these, come on top. One selection runs over all of them, and new lines are dropped"
     )
     return (
         f"An image has {patches} visual tokens{tiles if is_tiled else ''}. How many stay{within} {depends}. "
