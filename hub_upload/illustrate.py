@@ -43,8 +43,8 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
         f"python -m hub_upload illustrate {folder.name} --image {Path(image).name} --question {shlex.quote(question)}"
     )
     card = (folder / CARD).read_text(encoding="utf-8")
-    num_patches = selection.chosen.shape[1]  # of this picture, as it is the only one
-    (folder / CARD).write_text(with_illustration(card, question, kept, num_patches, command), encoding="utf-8")
+    (num_uncompressed,) = recovery.num_uncompressed
+    (folder / CARD).write_text(with_illustration(card, question, kept, num_uncompressed, command), encoding="utf-8")
     provenance["files"][OVERLAY] = file_sha256(folder / OVERLAY)
     write_json(folder / PROVENANCE, provenance)
     return folder / OVERLAY

@@ -373,7 +373,7 @@ Apache-2.0.
 """
 
 
-def with_illustration(card: str, question: str, kept: dict[str, int], patches: int, command: str) -> str:
+def with_illustration(card: str, question: str, kept: dict[str, int], num_uncompressed: int, command: str) -> str:
     """`card` with the overlay picture and the counts that belong to it."""
     before, found_start, rest = card.partition(ILLUSTRATION_START)
     _, found_end, after = rest.partition(ILLUSTRATION_END)
@@ -385,7 +385,8 @@ def with_illustration(card: str, question: str, kept: dict[str, int], patches: i
     total = sum(kept.values())
     text = (
         f"![what the model keeps of a picture]({OVERLAY})\n\n"
-        f"For this picture and the question “{question}”, {total} of {patches} visual tokens remain: {counts}. "
+        f"For this picture and the question “{question}”, {total:,} of {num_uncompressed:,} visual tokens remain: "
+        f"{counts}. "
         f"Measured with `{command}`."
     )
     return f"{before}{ILLUSTRATION_START}\n{text}\n{ILLUSTRATION_END}{after}"

@@ -25,8 +25,8 @@ def test_card_shows_the_picture_and_what_was_counted(built, family, pictures, tm
         ).groups(),
     )
     assert total == sum(counts)
-    # 120 x 100 pixels in four tiles of 6 x 6 patches: 12 columns, and 10 rows that hold a picture.
-    assert of == {"llava": 36, "llava_next": 36 + 12 * 10}[family]
+    # 120 x 100 pixels in four tiles of 6 x 6 patches: 12 columns and a new line, and 10 rows that hold a picture.
+    assert of == {"llava": 36, "llava_next": 36 + 13 * 10}[family]
     assert "python -m hub_upload illustrate compressed --image photo.png" in card
     assert str(tmp_path) not in card
 
