@@ -77,10 +77,9 @@ pictures: $(VENV)/.installed
 	$(PYTHON) docs/scripts/pictures.py
 	$(PYTHON) docs/scripts/architecture.py
 
-# The remote code of the embedded checkpoint is that of the package, byte for byte.
-checkpoint-code:
-	rm -f checkpoints/tiny/*.py
-	cp $(filter-out %/__init__.py,$(wildcard recoverable_llava/*.py)) checkpoints/tiny/
+# The remote code of the embedded checkpoints is that of the package, byte for byte, and of their family alone.
+checkpoint-code: $(VENV)/.installed
+	PYTHONPATH=. $(PYTHON) .ci/checkpoint_code.py
 
 # Everything that must hold before a version is tagged; see CONTRIBUTING.md.
 release-check: $(VENV)/.installed-app

@@ -41,10 +41,10 @@ def changelog_is_of_this_version(root: Path) -> Iterator[str]:
         yield f"CHANGELOG.md dates the release {date}, which is not yet."
 
 
-def checkpoint_has_this_code(root: Path) -> Iterator[str]:
-    for file in sorted((root / "checkpoints/tiny").glob("*.py")):
+def checkpoints_have_this_code(root: Path) -> Iterator[str]:
+    for file in sorted((root / "checkpoints").glob("*/*.py")):
         if file.read_bytes() != (root / "recoverable_llava" / file.name).read_bytes():
-            yield f"checkpoints/tiny/{file.name} is not that of the package: run `make checkpoint-code`."
+            yield f"{file.relative_to(root)} is not that of the package: run `make checkpoint-code`."
 
 
 def git(root: Path, *command: str) -> str:
@@ -92,7 +92,7 @@ def wheel_is_complete(root: Path) -> Iterator[str]:
 CHECKS: list[Callable[[Path], Iterator[str]]] = [
     version_stands_once,
     changelog_is_of_this_version,
-    checkpoint_has_this_code,
+    checkpoints_have_this_code,
     commit_is_ready,
     documentation_builds,
     wheel_is_complete,

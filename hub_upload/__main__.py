@@ -31,8 +31,10 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True)
 
     building = argparse.ArgumentParser(add_help=False)
-    building.add_argument("base", metavar="BASE", help="LLaVA checkpoint: a folder or a repo id")
-    building.add_argument("--clip", help="its CLIP checkpoint: a folder or a repo id; known for llava-hf/llava-1.5-*")
+    building.add_argument("base", metavar="BASE", help="LLaVA-1.5 or LLaVA-NeXT checkpoint: a folder or a repo id")
+    building.add_argument(
+        "--clip", help="its CLIP checkpoint: a folder or a repo id; known for llava-hf/llava-1.5-* and -v1.6-*"
+    )
     building.add_argument("--base-revision", help="branch, tag or commit of a base on the Hub")
     building.add_argument("--clip-revision", help="branch, tag or commit of a CLIP on the Hub")
     building.add_argument("--chat-template", help="Jinja file, for a base that has none")
@@ -41,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     building.add_argument(
         "--accept-different-vision-tower",
         action="store_true",
-        help="build though the base's vision tower was fine-tuned",
+        help="build though the base's vision tower was fine-tuned; known of llava-hf/llava-v1.6-*",
     )
-    recovery = building.add_argument_group("recovery settings, as in RecoverableLlavaConfig")
+    recovery = building.add_argument_group("recovery settings, as in RecoverySettings")
     for name, kind in RECOVERY_SETTINGS.items():
         parse, shown = (parse_bool, "true|false") if kind is bool else (kind, kind.__name__)
         recovery.add_argument(f"--{name.replace('_', '-')}", type=parse, dest=name, metavar=shown)

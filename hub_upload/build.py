@@ -37,6 +37,7 @@ from hub_upload.checkpoint import (
 )
 from hub_upload.hub import fetch_source
 from hub_upload.inspection import CONFIG, visible_files
+from hub_upload.known_bases import OPENAI_CLIP, defaults_for, has_tuned_tower
 from hub_upload.model_card import model_card, read_base_card, read_results
 from hub_upload.provenance import CARD, PROVENANCE
 from hub_upload.remote_code import (
@@ -61,28 +62,9 @@ ROUNDING, SUBNORMAL = 2.0**-7, 1e-6
 
 RECOVERY_SETTINGS = configuration_fields()
 
-CLIP_OF_BASE = {
-    "llava-hf/llava-1.5-7b-hf": "openai/clip-vit-large-patch14-336",
-    "llava-hf/llava-1.5-13b-hf": "openai/clip-vit-large-patch14-336",
-}
-# CLIP ViT-L/14-336 scores patches the wrong way round (arXiv 2304.05653); TRIM and CDPruner publish with the sign
-# turned.
-SETTINGS_OF_CLIP: dict[str, dict[str, Any]] = {"openai/clip-vit-large-patch14-336": {"text_relevance": "negated"}}
-
 
 class BuildFailure(RuntimeError):
     """The machine could not finish the build; the message says what to do. Nothing was left behind."""
-
-
-def defaults_for(base: str, clip: str | None) -> tuple[str, dict[str, Any]]:
-    """The CLIP checkpoint that belongs to `base`, and recovery settings with published evidence for it."""
-    if clip is None and base not in CLIP_OF_BASE:
-        raise ValueError(
-            f"clip=None: which CLIP checkpoint the vision tower of {base!r} comes from is known only for "
-            f"{', '.join(CLIP_OF_BASE)}. Name it, for example clip='openai/clip-vit-large-patch14-336' for LLaVA-1.5"
-        )
-    known = CLIP_OF_BASE.get(base, "")
-    return clip or known, SETTINGS_OF_CLIP.get(clip or known, SETTINGS_OF_CLIP.get(known, {}))
 
 
 def build(
@@ -99,15 +81,17 @@ def build(
     accept_different_vision_tower: bool = False,
     **recovery: Any,
 ) -> Path:
-    """Builds the folder `output` from `base` (LLaVA) and `clip`, each a folder or a repo id.
+    """Builds the folder `output` from `base` (LLaVA-1.5 or LLaVA-NeXT) and `clip`, each a folder or a repo id.
+
+    Which family it is follows from the `model_type` of the base.
 
     Args:
         chat_template: file with a Jinja chat template, for a base that has none.
         license: identifier for the card, where the base's card states none.
         results: JSON list of measured results for the card.
         accept_different_vision_tower: build although the base's vision tower has other weights than CLIP's, as after
-            fine-tuning it; shapes must agree all the same.
-        **recovery: fields of RecoverableLlavaConfig.
+            fine-tuning it; shapes must agree all the same. Not needed where it is known (`has_tuned_tower`).
+        **recovery: fields of `RecoverySettings`.
     """
     output = Path(output)
     unknown = sorted(recovery.keys() - RECOVERY_SETTINGS.keys())
@@ -158,7 +142,8 @@ def _fill(
     base_weights, clip_weights = read_checkpoint(base.source.folder), read_checkpoint(clip.source.folder)
     base_sha256 = checked_sha256(base.source, base_weights.shards)
     checked_sha256(clip.source, clip_weights.shards if clip.source.hub_sha256 else [])
-    differs = check_vision_tower(base_weights, clip_weights, accept_different_vision_tower)
+    may_differ = accept_different_vision_tower or has_tuned_tower(base.source.repo_id, clip.source.repo_id)
+    differs = check_vision_tower(base_weights, clip_weights, may_differ)
     extra = extra_tensors(clip_weights, checked)
     shards = {shard: BASE_SHARD if shard == WEIGHTS else shard for shard in base_weights.shards}
     linked = [base.source.folder / shard for shard in shards]
@@ -173,9 +158,9 @@ def _fill(
     for path in base.settings.iterdir():
         if path.name == GENERATION_CONFIG or is_license(path.name):
             shutil.copyfile(path, folder / path.name)
-    for name in executed_files(package_folder()):
+    for name in executed_files(package_folder(), config["auto_map"]):
         shutil.copyfile(package_folder() / name, folder / name)
-    (folder / PAGE).write_text(remote_code_page(folder), encoding="utf-8")
+    (folder / PAGE).write_text(remote_code_page(folder, config["auto_map"]), encoding="utf-8")
     files = files_sha256(folder, {*visible_files(folder)} - {*shards.values()}, "Hashing files")
     files |= {name: base_sha256[shard] for shard, name in shards.items()}
     provenance = {
@@ -308,13 +293,15 @@ def recoverable_config(
 ) -> tuple[dict[str, Any], Any]:
     """config.json, and the same as a checked object. The base's own fields stay as written, for every version to
     read."""
-    from recoverable_llava.configuration_recoverable_llava import RecoverableLlavaConfig
+    from recoverable_llava.tools.families import FAMILIES
 
-    if base.get("model_type") != "llava":
+    model_type = base.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"base: config.json says model_type={base.get('model_type')!r}; only 'llava' (LLaVA-1.5 and its fine-tunes "
-            "in the transformers layout, as in llava-hf) can be built"
+            f"base: config.json says model_type={model_type!r}; only 'llava' (LLaVA-1.5), 'llava_next' "
+            "(LLaVA-1.6) and fine-tunes of both, in the transformers layout as in llava-hf, can be built"
         )
+    family = FAMILIES[model_type]
     if "quantization_config" in base:
         raise ValueError("base: the checkpoint is quantized; build from the unquantized one and quantize when loading")
     if clip.get("model_type") != "clip":
@@ -322,19 +309,19 @@ def recoverable_config(
             f"clip: config.json says model_type={clip.get('model_type')!r}; a complete CLIP model ('clip': vision "
             "tower, text tower and both projections) is needed"
         )
-    _check_vision_config(base, clip)
+    _check_vision_config(family.stock_model_class.config_class, base, clip)
     question = _question_config(clip)
     kept = {name: value for name, value in without_code(base).items() if name not in ("_name_or_path", "architectures")}
     fields = {**kept, "question_config": question, **recovery}
-    checked = RecoverableLlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+    checked = family.config_class(**{name: value for name, value in fields.items() if name != "model_type"})
     settings = {name: getattr(checked, name) for name in RECOVERY_SETTINGS}
-    auto_map = package_auto_map()
+    auto_map = package_auto_map(model_type)
     return {
         **kept,
         **settings,
         "architectures": [auto_map["AutoModelForImageTextToText"].split(".")[1]],
         "auto_map": dict(auto_map),
-        "model_type": RecoverableLlavaConfig.model_type,
+        "model_type": family.config_class.model_type,
         "question_config": question,
     }, checked
 
@@ -354,10 +341,10 @@ def _question_config(clip: dict[str, Any]) -> dict[str, Any]:
     return {**{name: text[name] for name in names if name in text}, "projection_dim": checked.projection_dim}
 
 
-def _check_vision_config(base: dict[str, Any], clip: dict[str, Any]) -> None:
-    from transformers import CLIPConfig, LlavaConfig
+def _check_vision_config(config_class: Any, base: dict[str, Any], clip: dict[str, Any]) -> None:
+    from transformers import CLIPConfig
 
-    ours: Any = LlavaConfig(**{name: value for name, value in base.items() if name != "model_type"}).vision_config
+    ours: Any = config_class(**{name: value for name, value in base.items() if name != "model_type"}).vision_config
     theirs: Any = CLIPConfig(**{name: value for name, value in clip.items() if name != "model_type"}).vision_config
     if ours.model_type != "clip_vision_model":
         raise ValueError(
@@ -368,7 +355,7 @@ def _check_vision_config(base: dict[str, Any], clip: dict[str, Any]) -> None:
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
                 f"clip: its vision tower has {name}={getattr(theirs, name)}, the base's has {getattr(ours, name)}: it "
-                "is not the CLIP that the base was trained with. LLaVA-1.5 uses openai/clip-vit-large-patch14-336"
+                f"is not the CLIP that the base was trained with. LLaVA-1.5 and LLaVA-1.6 use {OPENAI_CLIP}"
             )
 
 
@@ -419,9 +406,9 @@ def check_vision_tower(base: Checkpoint, clip: Checkpoint, accept_difference: bo
         raise ValueError(
             f"clip: {len(differing)} of {len(ours)} tensors of the base's vision tower differ from this CLIP's "
             f"(largest difference {largest:.3g}, first {differing[0]!r}). Either this is not the CLIP that the base "
-            "was trained with, or the tower was fine-tuned, and CLIP's text tower may no longer fit it. In the second "
-            "case build with accept_different_vision_tower (--accept-different-vision-tower) and measure what "
-            "compression costs"
+            "was trained with, or the tower was fine-tuned (as that of LLaVA-1.6 was), and CLIP's text tower may no "
+            "longer fit it. In the second case build with accept_different_vision_tower "
+            "(--accept-different-vision-tower) and measure what compression costs"
         )
     return bool(differing)
 

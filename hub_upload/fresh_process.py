@@ -42,7 +42,7 @@ def picture(path: str | None, size: int) -> Any:
 def check(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
-    from transformers import AutoProcessor, LlavaProcessor
+    from transformers import AutoProcessor
 
     device = request["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     where = {"revision": request["revision"]} if request["revision"] else {}
@@ -68,9 +68,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     report["answer"] = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     report["new_tokens"] = generated.shape[1] - inputs["input_ids"].shape[1]
     report["tokens"] = int(selection.num_tokens.sum())
-    report["of_tokens"] = model.config.num_patches
 
-    stock_processor = LlavaProcessor(
+    stock_processor = getattr(transformers, type(processor).__name__.removeprefix("Recoverable"))(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
         patch_size=processor.patch_size,
@@ -79,13 +78,14 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         num_additional_image_tokens=processor.num_additional_image_tokens,
     )
     stock_inputs = stock_processor(images=image, text=prompt, return_tensors="pt").to(device, model.dtype)
+    num_placeholders = int((stock_inputs["input_ids"] == model.config.image_token_id).sum())
+    report["of_tokens"] = num_placeholders - model.config.num_class_tokens
     model.config.compress = False
     with torch.no_grad():
         uncompressed = model(**stock_inputs).logits.float().cpu()
     del model
     gc.collect()
-    stock_class: Any = transformers.LlavaForConditionalGeneration
-    stock, info = stock_class.from_pretrained(request["stock"], dtype="auto", output_loading_info=True)
+    stock, info = model_class.from_pretrained(request["stock"], dtype="auto", output_loading_info=True)
     report["stock_loading_problems"] = loading_problems(info)
     with torch.no_grad():
         expected = stock.to(device).eval()(**stock_inputs).logits.float().cpu()

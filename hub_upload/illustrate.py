@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from hub_upload.checkpoint import file_sha256, write_json
+from hub_upload.checkpoint import file_sha256, read_json, write_json
+from hub_upload.inspection import CONFIG
 from hub_upload.model_card import with_illustration
 from hub_upload.provenance import CARD, OVERLAY, PROVENANCE, read_provenance
 
@@ -15,8 +16,7 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
     import torch
     from PIL import Image
 
-    from recoverable_llava.modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
-    from recoverable_llava.processing_recoverable_llava import RecoverableLlavaProcessor
+    from recoverable_llava.tools.families import family_of
     from recoverable_llava.tools.visualize import draw_recovery
 
     folder = Path(folder)
@@ -24,8 +24,9 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
     if not Path(image).is_file():
         raise ValueError(f"image={str(image)!r} does not exist: pass a picture file")
     picture = Image.open(image).convert("RGB")
-    model = RecoverableLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
-    processor = RecoverableLlavaProcessor.from_pretrained(folder)
+    family = family_of(str(read_json(folder / CONFIG).get("model_type")))
+    model = family.model_class.from_pretrained(folder, dtype="auto").eval()
+    processor = family.processor_class.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
@@ -42,9 +43,8 @@ def illustrate(folder: str | Path, image: str | Path, question: str) -> Path:
         f"python -m hub_upload illustrate {folder.name} --image {Path(image).name} --question {shlex.quote(question)}"
     )
     card = (folder / CARD).read_text(encoding="utf-8")
-    (folder / CARD).write_text(
-        with_illustration(card, question, kept, model.config.num_patches, command), encoding="utf-8"
-    )
+    (num_uncompressed,) = recovery.num_uncompressed
+    (folder / CARD).write_text(with_illustration(card, question, kept, num_uncompressed, command), encoding="utf-8")
     provenance["files"][OVERLAY] = file_sha256(folder / OVERLAY)
     write_json(folder / PROVENANCE, provenance)
     return folder / OVERLAY

@@ -57,10 +57,11 @@ def inspect_files(folder: Path, is_published: bool = False) -> list[Check]:
     settings = expected.keys() - listed.keys() - weights
     paths = visible_files(folder)
     others = [path for path in paths if path not in expected]
-    reached = {name for name in executed_files(folder) if name not in listed}
+    auto_map = built_auto_map(folder)
+    reached = {name for name in executed_files(folder, auto_map) if name not in listed}
     own_code = [] if is_published else [path for path in others if path.endswith(".py")]
     pickles = pickled_files(others if is_published else paths, is_published)
-    foreign = {path: foreign_code(read_json(folder / path)) for path in paths if is_configuration(path)}
+    foreign = {path: foreign_code(read_json(folder / path), auto_map) for path in paths if is_configuration(path)}
     tensors = len(read_checkpoint(folder).tensors)
     return [
         _check(
@@ -78,7 +79,7 @@ def inspect_files(folder: Path, is_published: bool = False) -> list[Check]:
         _check("index and shards agree", [], f"{tensors} tensors"),
         _check("nothing else is loaded", loaded_instead(others), "by from_pretrained"),
         _check("no pickles", pickles, "safetensors only"),
-        _check("auto_map is complete", missing_classes(folder), f"{len(package_auto_map())} classes"),
+        _check("auto_map is complete", missing_classes(folder, auto_map), f"{len(auto_map)} classes"),
     ]
 
 
@@ -100,12 +101,21 @@ def pickled_files(paths: Iterable[str], is_published: bool) -> list[str]:
     return [path for path in beside if any(fnmatch(path, pattern) for pattern in PICKLED_WEIGHTS)]
 
 
-def missing_classes(folder: Path) -> list[str]:
-    """Classes of the package that the configurations in `folder` do not map to its files."""
+def built_auto_map(folder: Path) -> dict[str, str]:
+    """AUTO_MAP of the family that the config.json in `folder` belongs to; ValueError if there is none."""
+    model_type = str(read_json(folder / CONFIG).get("model_type"))
+    try:
+        return package_auto_map(model_type)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+def missing_classes(folder: Path, auto_map: dict[str, str]) -> list[str]:
+    """Classes in `auto_map` that the configurations in `folder` do not map to the package's files."""
     model_map, processor_map = (read_json(folder / name).get("auto_map") for name in (CONFIG, PROCESSOR_CONFIG))
     model_map, processor_map = (found if isinstance(found, dict) else {} for found in (model_map, processor_map))
     found = {**processor_map, **model_map}
-    missing = [name for name, where in package_auto_map().items() if found.get(name) != where]
+    missing = [name for name, where in auto_map.items() if found.get(name) != where]
     return missing + ([] if "AutoProcessor" in processor_map else [f"AutoProcessor in {PROCESSOR_CONFIG}"])
 
 

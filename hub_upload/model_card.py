@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hub_upload.known_bases import has_tuned_tower
 from hub_upload.provenance import CARD, OVERLAY
 
 
@@ -120,12 +121,18 @@ def _whose_selection(config: dict[str, Any]) -> str:
     )
 
 
-def _how_many(config: dict[str, Any], patches: int) -> str:
+def _how_many(config: dict[str, Any], checked: Any) -> str:
     budget, least, most = (config[name] for name in ("visual_token_budget", "min_visual_tokens", "max_visual_tokens"))
+    of_tile = checked.grid_width**2
+    is_tiled = checked.num_patches > of_tile
+    num_tokens = checked.num_patches + checked.num_class_tokens
+    patches = f"up to {num_tokens:,}" if is_tiled else f"{num_tokens:,}"
     if budget is not None:
+        share = f"({100 * budget / num_tokens:.0f} %{' of the most' if is_tiled else ''})"
+        larger = " An image that has fewer is refused." if budget > of_tile and is_tiled else ""
         return (
-            f"Every image takes exactly **{budget} of {patches}** visual tokens in the language model "
-            f"({100 * budget / patches:.0f} %), whatever the image and the question."
+            f"Every image takes exactly **{budget:,} of {patches}** visual tokens in the language model {share}, "
+            f"whatever the image and the question.{larger}"
         )
     depends = {
         "novelty": "depends on the image alone: as many as show something new. The question has a say in which",
@@ -133,9 +140,13 @@ def _how_many(config: dict[str, Any], patches: int) -> str:
     }[config["selection"]]
     bounds = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * (most is not None)
     within = f" ({' and '.join(bounds)})" if bounds else ""
+    tiles = (
+        f", by its shape: {of_tile} of the whole picture, and those of the tiles cut from it; new lines, which end "
+        "each row of these, come on top. One selection runs over all of them, and new lines are dropped"
+    )
     return (
-        f"An image has {patches} visual tokens. How many stay{within} {depends}. `model.recover_tokens(**inputs)` "
-        "tells the number for your own images without running the language model."
+        f"An image has {patches} visual tokens{tiles if is_tiled else ''}. How many stay{within} {depends}. "
+        "`model.recover_tokens(**inputs)` tells the number for your own images without running the language model."
     )
 
 
@@ -148,6 +159,21 @@ def _fewer_tokens(config: dict[str, Any], least: int) -> str:
     name, value = {"novelty": ("novelty_threshold", 0.5), "paper": ("lof_threshold", 2.0)}[config["selection"]]
     higher = value if config[name] < value else 2 * config[name]
     return f"model.config.{name} = {float(higher)}  # fewer tokens; takes effect on the next call"
+
+
+def _other_tower(config: dict[str, Any], base: dict[str, Any], clip: dict[str, Any]) -> str:
+    """A limit, where the vision tower of the base is not CLIP's."""
+    is_tuned = has_tuned_tower(base.get("repo_id"), clip.get("repo_id"))
+    tuned = ": LLaVA-1.6 was trained with its tower unfrozen" if is_tuned else ""
+    chosen = f" (it chooses {100 * config['text_share']:.0f} % of the tokens here)"
+    return (
+        "- The vision tower of the base differs from the one that the question's text tower was trained with"
+        f"{tuned}. The base's own tower stays, so that nothing changes in what the base sees; the question's text "
+        f"tower and the visual projection are those of {_named(clip)}. Relevance to the question"
+        f"{chosen if config['selection'] == 'novelty' else ''} is thus measured between two towers that were not "
+        "trained together to the end. It can be less exact than with CLIP's own tower, and was not checked for this "
+        "base."
+    )
 
 
 def _switch_off(config: dict[str, Any]) -> str:
@@ -202,14 +228,18 @@ def model_card(
 
     Args:
         config: what config.json holds.
-        checked: the same as a RecoverableLlavaConfig.
+        checked: the same as a configuration of the base's family.
         stated: what the base's card states.
         results: measured results, with the command of each.
     """
     from huggingface_hub import ModelCardData
 
     base, clip = provenance["base"], provenance["clip"]
-    num_tokens = checked.num_patches + checked.num_class_tokens
+    family = config["model_type"].removeprefix("recoverable_")
+    stock_model, stock_processor = (
+        config["auto_map"][name].split(".")[1].removeprefix("Recoverable")
+        for name in ("AutoModelForImageTextToText", "AutoProcessor")
+    )
     stated = replace(stated, license_link=_license_link(stated.license_link, base, provenance["files"]))
     # Without a known base, CLIP alone would look like what all of this was made from.
     made_from = [base["repo_id"]] if "repo_id" in base else [*stated.base_model]
@@ -221,15 +251,13 @@ def model_card(
         license=stated.license,
         license_name=stated.license_name,
         license_link=stated.license_link,
-        tags=["custom_code", "llava", "visual-token-compression", "recoverable-compression"],
+        tags=["custom_code", family, "visual-token-compression", "recoverable-compression"],
     )
     settings = "\n".join(f"| `{name}` | `{json.dumps(config[name])}` |" for name in sorted(provenance["recovery"]))
-    tower = (
-        "\n- The vision tower of the base differs from the one that the question's text tower was trained with. "
-        "Relevance to the question was not checked for it."
-        if provenance["vision_tower_differs"]
-        else ""
-    )
+    see_limits, other_tower = "", ""
+    if provenance["vision_tower_differs"]:
+        see_limits = ", which was trained with another vision tower than the base's: see [Limits](#limits)"
+        other_tower = f"\n{_other_tower(config, base, clip)}"
     switched_off = (
         ""
         if config["compress"]
@@ -245,17 +273,17 @@ def model_card(
 
 The weights of {_named(base, stated)}, unchanged, plus a step between vision tower and language model that drops visual
 tokens: {_what_it_keeps(config)}. {_whose_selection(config)} Relevance to the question comes from the text tower of
-{_named(clip)}.
+{_named(clip)}{see_limits}.
 {switched_off}
 ## Use it
 
 In a script that runs LLaVA, change these lines; the rest stays:
 
 ```diff
--from transformers import LlavaForConditionalGeneration, LlavaProcessor
+-from transformers import {stock_model}, {stock_processor}
 +from transformers import AutoModelForImageTextToText, AutoProcessor
--model = LlavaForConditionalGeneration.from_pretrained("{stock}")
--processor = LlavaProcessor.from_pretrained("{stock}")
+-model = {stock_model}.from_pretrained("{stock}")
+-processor = {stock_processor}.from_pretrained("{stock}")
 +model = AutoModelForImageTextToText.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
 +processor = AutoProcessor.from_pretrained("{REPO_ID_PLACEHOLDER}", trust_remote_code=True)
 ```
@@ -295,7 +323,7 @@ The question is the text of the last user message; `processor(..., questions=[..
 
 ## What you save
 
-{_how_many(config, num_tokens)} Prompt processing and the key-value cache shrink with the number; the
+{_how_many(config, checked)} Prompt processing and the key-value cache shrink with the number; the
 vision tower's work stays the same, plus one small text tower.
 
 ## Change it or switch it off
@@ -323,7 +351,7 @@ print(model.recover_tokens(**inputs).selection.num_tokens)  # how many visual to
 - Of the text, only the question guides the recovery: its first {question_length} CLIP tokens, in the language that the
   CLIP text tower knows.
 - Continuous batching (`generate_batch`) of transformers has no image path.
-- What the base model gets wrong, this one gets wrong too: biases and hallucinations carry over.{tower}
+- What the base model gets wrong, this one gets wrong too: biases and hallucinations carry over.{other_tower}
 
 ## What runs on your machine
 
@@ -345,7 +373,7 @@ Apache-2.0.
 """
 
 
-def with_illustration(card: str, question: str, kept: dict[str, int], patches: int, command: str) -> str:
+def with_illustration(card: str, question: str, kept: dict[str, int], num_uncompressed: int, command: str) -> str:
     """`card` with the overlay picture and the counts that belong to it."""
     before, found_start, rest = card.partition(ILLUSTRATION_START)
     _, found_end, after = rest.partition(ILLUSTRATION_END)
@@ -357,7 +385,8 @@ def with_illustration(card: str, question: str, kept: dict[str, int], patches: i
     total = sum(kept.values())
     text = (
         f"![what the model keeps of a picture]({OVERLAY})\n\n"
-        f"For this picture and the question “{question}”, {total} of {patches} visual tokens remain: {counts}. "
+        f"For this picture and the question “{question}”, {total:,} of {num_uncompressed:,} visual tokens remain: "
+        f"{counts}. "
         f"Measured with `{command}`."
     )
     return f"{before}{ILLUSTRATION_START}\n{text}\n{ILLUSTRATION_END}{after}"

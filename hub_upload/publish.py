@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from hub_upload import hub
 from hub_upload.checkpoint import file_sha256
 from hub_upload.hub import MAIN, ServerCopy, Target
-from hub_upload.inspection import inspect_files, pickled_files
+from hub_upload.inspection import built_auto_map, inspect_files, pickled_files
 from hub_upload.model_card import published_card
 from hub_upload.provenance import (
     CARD,
@@ -84,6 +84,7 @@ def publish(
         )
     provenance = read_unchanged(folder)
     not_sent = not_written(folder, provenance)
+    auto_map = built_auto_map(folder)
     branch = revision or MAIN
     client = hub.hub_client(token)
     url = f"{constants.ENDPOINT}/{repo_id}"
@@ -102,7 +103,7 @@ def publish(
             plan = make_plan(folder, repo_id, provenance, target.files, copyable, earlier)
             if not create_pr:
                 refuse_replacing(client, repo_id, target, plan, provenance, earlier)
-            refuse_leftovers(client, repo_id, target, plan)
+            refuse_leftovers(client, repo_id, target, plan, auto_map)
             return target, plan
 
         target, plan = planned()
@@ -271,13 +272,15 @@ def _has_no_text(card: str) -> bool:
     return not start.strip() and not rest.partition("---")[2].strip()
 
 
-def refuse_leftovers(client: HfApi, repo_id: str, target: Target, plan: list[PlannedFile]) -> None:
+def refuse_leftovers(
+    client: HfApi, repo_id: str, target: Target, plan: list[PlannedFile], auto_map: dict[str, str]
+) -> None:
     """Other people's files stay on the target, so none may be loaded or run in place of what is published."""
     left = target.files.keys() - {entry.path for entry in plan}
     wrong = {*loaded_instead(left), *pickled_files(left, is_published=True)}
     for path in filter(is_configuration, left - wrong):
         settings = _parsed(hub.read_text(client, repo_id, path, target.start))
-        wrong |= {f"{path} ({entry})" for entry in foreign_code(settings)}
+        wrong |= {f"{path} ({entry})" for entry in foreign_code(settings, auto_map)}
         wrong |= set() if isinstance(settings, dict) else {f"{path} (not a JSON object)"}
     if wrong:
         raise ValueError(

@@ -2,7 +2,8 @@
 way in which a repository could make transformers run code.
 
 The Hub loads remote code from one flat folder and follows `from .sibling import name`; the list is found the same way,
-from the files that `auto_map` points to, so that it cannot miss a file or carry one that is not executed.
+from the files that the `auto_map` of a family points to, so that it cannot miss a file or carry one that is not
+executed, such as another family's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ PAGE = "trust_remote_code.md"
 HASH_LINE = re.compile(r"^([0-9a-f]{64}) [ *]([\w.-]+\.py)$", flags=re.MULTILINE)
 
 
-CONFIGURATION = "configuration_recoverable_llava.py"
+# One for each family, with the model_type of the stock configuration behind it.
+CONFIGURATION = "configuration_recoverable_"
 SETTINGS = "recovery_settings.py"
 
 # Entries of a configuration, at any depth, that make transformers run code of a repository: classes, pipelines, a
@@ -66,13 +68,27 @@ def configuration_fields() -> dict[str, type]:
     return {name: kinds[kind] for name, kind in types.items()}
 
 
+def package_auto_map(model_type: str) -> dict[str, str]:
+    """AUTO_MAP of the family that a `model_type`, stock's or ours, belongs to.
+
+    Raises:
+        ValueError: if there is no such family.
+    """
+    family = model_type.removeprefix("recoverable_")
+    paths = sorted(package_folder().glob(f"{CONFIGURATION}*.py"))
+    files = {path.stem.removeprefix(CONFIGURATION): path.name for path in paths}
+    if family not in files:
+        raise ValueError(f"model_type is {model_type!r}: the families that can be built are {(*files,)}")
+    return _auto_map(files[family])
+
+
 @cache
-def package_auto_map() -> dict[str, str]:
-    """AUTO_MAP of the configuration, read from the source, as importing it takes torch."""
-    for node in _parsed(CONFIGURATION).body:
+def _auto_map(configuration: str) -> dict[str, str]:
+    """Read from the source, as importing it takes torch."""
+    for node in _parsed(configuration).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AUTO_MAP":
             return dict(ast.literal_eval(node.value))
-    raise ImportError(f"{CONFIGURATION} holds no AUTO_MAP")
+    raise ImportError(f"{configuration} holds no AUTO_MAP")
 
 
 # -------------------------------------------------------------------------------------- code that is not the package's
@@ -93,21 +109,26 @@ def without_code(settings: Any) -> Any:
     return {name: without_code(value) for name, value in settings.items() if name not in NAMES_CODE | NAMES_KERNEL}
 
 
-def foreign_code(settings: Any) -> list[str]:
-    """The entries of a configuration that would run other code than the package's, as `name=value`."""
+def foreign_code(settings: Any, auto_map: dict[str, str]) -> list[str]:
+    """The entries of a configuration that would run other code than `auto_map` names, as `name=value`.
+
+    Args:
+        settings: what the configuration holds.
+        auto_map: of the repository's family, as `package_auto_map` returns it; another family's classes are foreign.
+    """
     if isinstance(settings, list):
-        return [entry for value in settings for entry in foreign_code(value)]
+        return [entry for value in settings for entry in foreign_code(value, auto_map)]
     if not isinstance(settings, dict):
         return []
     found = []
     for name, value in settings.items():
         if name == "auto_map":
             classes = value if isinstance(value, dict) else {name: value}
-            found += [f"{key}={where}" for key, where in classes.items() if package_auto_map().get(key) != where]
+            found += [f"{key}={where}" for key, where in classes.items() if auto_map.get(key) != where]
         elif (name in NAMES_CODE and value) or (name in NAMES_KERNEL and "/" in str(value)):
             found.append(f"{name}={value}")
         else:
-            found += foreign_code(value)
+            found += foreign_code(value, auto_map)
     return found
 
 
@@ -119,12 +140,12 @@ def loaded_instead(paths: Iterable[str]) -> list[str]:
 # --------------------------------------------------------------------------------------------- the package's own files
 
 
-def executed_files(folder: Path) -> list[str]:
+def executed_files(folder: Path, auto_map: dict[str, str]) -> list[str]:
     """Names of the files that `auto_map` and their sibling imports reach in `folder`."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     files: set[str] = set()
-    for module in {reference.split(".")[0] for reference in package_auto_map().values()}:
+    for module in {reference.split(".")[0] for reference in auto_map.values()}:
         entry = folder / f"{module}.py"
         try:
             reached = [entry, *map(Path, get_relative_import_files(entry))]
@@ -151,9 +172,9 @@ def imported_libraries(path: Path) -> list[str]:
     return sorted(imports - {"__future__"})
 
 
-def remote_code_page(folder: Path) -> str:
+def remote_code_page(folder: Path, auto_map: dict[str, str]) -> str:
     """Markdown; its code block is what `sha256sum --check` reads."""
-    files = executed_files(folder)
+    files = executed_files(folder, auto_map)
     hashes = "\n".join(f"{file_sha256(folder / name)}  {name}" for name in files)
     rows = "\n".join(
         f"| `{name}` | {_purpose(folder / name)} | {', '.join(imported_libraries(folder / name)) or 'nothing'} |"

@@ -114,7 +114,9 @@ def write_stock_base(folder: Path, stock: Path) -> None:
     config = read_json(folder / CONFIG)
     for name in ("auto_map", "question_config", *RECOVERY_SETTINGS):
         config.pop(name, None)
-    write_json(stock / CONFIG, {**config, "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
+    config["model_type"] = config["model_type"].removeprefix("recoverable_")
+    config["architectures"] = [name.removeprefix("Recoverable") for name in config["architectures"]]
+    write_json(stock / CONFIG, config)
     index = read_json(folder / INDEX)
     weight_map = {name: shard for name, shard in index["weight_map"].items() if shard != EXTRA_SHARD}
     write_json(stock / INDEX, {**index, "weight_map": weight_map})

@@ -40,7 +40,8 @@ def pictures() -> list[Any]:
     from PIL import Image
 
     flat = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
-    return [Image.merge("RGB", (flat[i], flat[(i + 1) % 3], flat[(i + 2) % 3])) for i in range(3)]
+    square = [Image.merge("RGB", (flat[i], flat[(i + 1) % 3], flat[(i + 2) % 3])) for i in range(3)]
+    return [square[0], square[1].resize((300, 100)), square[2]]  # of several numbers of tiles
 
 
 def prompts() -> list[str]:
@@ -183,6 +184,8 @@ def offloaded(folder: str, offload_folder: str) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     auto = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, device_map="auto")
     parts = {"model.multi_modal_projector": "cpu", "model.visual_projection": "cpu", "lm_head": "cpu"}
+    if hasattr(auto.model, "image_newline"):
+        parts["model.image_newline"] = "cpu"
     for name in ("model.vision_tower", "model.language_model", "model.question_tower"):
         parts[name] = "disk"
     disk = AutoModelForImageTextToText.from_pretrained(

@@ -22,11 +22,11 @@ def release(tmp_path):
     (tmp_path / "README.md").write_text("A package.\n")
     (tmp_path / "mkdocs.yml").write_text("site_name: pages\nstrict: true\nvalidation: {links: {not_found: warn}}\n")
     (tmp_path / ".gitignore").write_text("build/\n*.egg-info/\n")
-    for folder in ("recoverable_llava", "hub_upload", "checkpoints/tiny", "docs"):
+    for folder in ("recoverable_llava", "hub_upload", "checkpoints/tiny", "checkpoints/other", "docs"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "docs/index.md").write_text("# Pages\n")
     (tmp_path / "recoverable_llava/__init__.py").write_text('__version__ = "1.2.3"\n')
-    for folder in ("recoverable_llava", "checkpoints/tiny"):
+    for folder in ("recoverable_llava", "checkpoints/tiny", "checkpoints/other"):
         (tmp_path / folder / "modeling.py").write_text("x = 1\n")
     (tmp_path / "hub_upload/__init__.py").touch()
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -61,7 +61,8 @@ def tomorrow():
         ("changelog_is_of_this_version", "CHANGELOG.md", "1.2.3, ", "1.2.4, ", "begins with 1.2.4"),
         ("changelog_is_of_this_version", "CHANGELOG.md", ", 2026-01-31", ", unreleased", "the day of the release"),
         ("changelog_is_of_this_version", "CHANGELOG.md", "2026-01-31", tomorrow(), "not yet"),
-        ("checkpoint_has_this_code", "checkpoints/tiny/modeling.py", "1", "2", "make checkpoint-code"),
+        ("checkpoints_have_this_code", "checkpoints/tiny/modeling.py", "1", "2", "make checkpoint-code"),
+        ("checkpoints_have_this_code", "checkpoints/other/modeling.py", "1", "2", "checkpoints/other/modeling.py is"),
         ("commit_is_ready", "README.md", "A", "The", "Not everything is committed"),
         ("documentation_builds", "docs/index.md", "# Pages", "[a page](missing.md)", "missing.md"),
         ("wheel_is_complete", "pyproject.toml", '"hub_upload*", ', "", "lacks hub_upload/__init__.py"),

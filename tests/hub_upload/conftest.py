@@ -1,4 +1,7 @@
-"""Fixtures: a base as it is published, its CLIP, a built folder, a Hub on loopback, and the command line against it."""
+"""Fixtures: a base as it is published, its CLIP, a built folder, a Hub on loopback, and the command line against it.
+
+All of one family, LLaVA-1.5 where a test is not marked with `both_families`.
+"""
 
 import shutil
 import subprocess
@@ -16,9 +19,10 @@ from hub_upload.build import build
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, llava_folder) -> Path:
+def base(tmp_path_factory, llava_folder, family) -> Path:
     """A stock LLaVA in the published layout: old names, two shards, card and license."""
-    folder = save_layout(Path(llava_folder), tmp_path_factory.mktemp("base") / "llava-tiny", "as published", shards=2)
+    name = family.replace("_", "-")
+    folder = save_layout(Path(llava_folder), tmp_path_factory.mktemp("base") / f"{name}-tiny", "as published", shards=2)
     (folder / "README.md").write_text("---\nlicense: llama2\n---\n\n# A base\n", encoding="utf-8")
     (folder / "LICENSE.txt").write_text("The license of the base.\n", encoding="utf-8")
     return folder

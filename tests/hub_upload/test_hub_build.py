@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,30 +13,33 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from batches import both_families
+from command_line import CommandWorker
 from huggingface_hub import ModelCard
 from layouts import LAYOUTS, save_layout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig
 
 import hub_upload.build as build_module
 from hub_upload.build import (
     BASE_SHARD,
-    CLIP_OF_BASE,
     EXTRA_SHARD,
     RECOVERY_SETTINGS,
     BuildFailure,
     build,
-    defaults_for,
     recoverable_config,
 )
 from hub_upload.checkpoint import read_checkpoint, read_json, write_json
-from hub_upload.model_card import _license_link, read_base_card
+from hub_upload.known_bases import CLIP_OF_BASE, TUNED_TOWERS, defaults_for
+from hub_upload.model_card import _how_many, _license_link, read_base_card
 from hub_upload.remote_code import executed_files, imported_libraries, listed_hashes, package_folder
-from recoverable_llava.configuration_recoverable_llava import AUTO_MAP, RecoverableLlavaConfig
+from recoverable_llava.configuration_recoverable_llava import AUTO_MAP
+from recoverable_llava.configuration_recoverable_llava_next import AUTO_MAP as NEXT_AUTO_MAP
+from recoverable_llava.tools.families import FAMILIES
 
 
 ROOT = Path(__file__).parents[2]
+AUTO_MAPS = {"llava": AUTO_MAP, "llava_next": NEXT_AUTO_MAP}
 
 
 def changed_copy(source: Path, folder: Path, **config: object) -> Path:
@@ -50,9 +54,11 @@ def siblings(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir())
 
 
-def test_settings_are_read_from_the_configuration():
-    fields = {field.name: str(field.type) for field in dataclasses.fields(RecoverableLlavaConfig)}
-    inherited = {field.name for field in dataclasses.fields(LlavaConfig)}
+@both_families
+def test_settings_are_read_from_the_configuration(family):
+    classes = FAMILIES[family]
+    fields = {field.name: str(field.type) for field in dataclasses.fields(classes.config_class)}
+    inherited = {field.name for field in dataclasses.fields(classes.stock_model_class.config_class)}
     assert set(RECOVERY_SETTINGS) == set(fields) - inherited - {"question_config"}
     for name, kind in RECOVERY_SETTINGS.items():
         assert kind.__name__ in fields[name], name
@@ -64,30 +70,45 @@ def test_commands_that_only_send_files_import_no_torch():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-def test_folder_holds_everything_and_base_shards_are_the_same_files(built_once, base):
+@both_families
+def test_folder_holds_everything_and_base_shards_are_the_same_files(built_once, base, family):
     names = {path.name for path in built_once.iterdir()}
     shards = read_checkpoint(base).shards
     assert {*shards, EXTRA_SHARD, "config.json", "processor_config.json", "generation_config.json"} <= names
     assert {"README.md", "trust_remote_code.md", "provenance.json", "chat_template.jinja", "LICENSE.txt"} <= names
-    assert {"tokenizer.json", "config.json"} <= {path.name for path in (built_once / "question_tokenizer").iterdir()}
+    question_tokenizer = {path.name for path in (built_once / "question_tokenizer").iterdir()}
+    assert {"tokenizer.json", "config.json"} <= question_tokenizer
     for shard in shards:
         assert os.path.samefile(base / shard, built_once / shard)
-    for name in executed_files(package_folder()):
+    code = executed_files(package_folder(), AUTO_MAPS[family])
+    assert {name for name in names if name.endswith(".py")} == {*code}
+    for name in code:
         assert (built_once / name).read_bytes() == (package_folder() / name).read_bytes()
 
 
-def test_config_keeps_the_base_and_adds_every_field(built_once, base):
-    config, stock = read_json(built_once / "config.json"), read_json(base / "config.json")
+def test_a_family_carries_no_file_of_another():
+    one, other = (set(executed_files(package_folder(), auto_map)) for auto_map in AUTO_MAPS.values())
+    assert "recoverable_model.py" in one & other
+    assert {name.removesuffix(".py").partition("_")[0] for name in one - other} >= {"modeling", "processing"}
+    assert not [name for name in one if "next" in name or "tiles" in name]
+    own = {f"{part}_recoverable_llava_next.py" for part in ("configuration", "modeling", "processing")}
+    assert own | {"image_tiles.py"} == other - one
+
+
+@both_families
+def test_config_keeps_the_base_and_adds_every_field(built_once, base, family):
+    config, stock = (read_json(folder / "config.json") for folder in (built_once, base))
     changed = {"architectures", "model_type"}
     assert {name: config[name] for name in stock if name not in changed} == {
         name: value for name, value in stock.items() if name not in changed
     }
-    assert config["auto_map"] == AUTO_MAP
-    assert config["model_type"] == "recoverable_llava"
+    assert config["auto_map"] == AUTO_MAPS[family]
+    assert config["model_type"] == f"recoverable_{family}"
     assert {name: config[name] for name in tiny.RECOVERY} == tiny.RECOVERY
     assert set(RECOVERY_SETTINGS) <= set(config)
     assert config["question_config"]["projection_dim"] == 16
-    assert read_json(built_once / "processor_config.json")["auto_map"]["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
+    processor_config = read_json(built_once / "processor_config.json")
+    assert processor_config["auto_map"]["AutoProcessor"] == AUTO_MAPS[family]["AutoProcessor"]
 
 
 def test_index_lists_every_tensor_and_extra_shard_is_clips_bytes(built_once, base, clip):
@@ -153,7 +174,8 @@ def test_defaults_for_known_bases():
 
 
 def test_configurations_as_they_are_published():
-    """As llava-hf/llava-1.5-7b-hf writes its config.json, defaults left out, and a CLIP of 2021, with every one."""
+    """As llava-hf/llava-1.5-7b-hf and llava-v1.6-mistral-7b-hf write their config.json, defaults left out, and a CLIP
+    of 2021, with every one."""
     text = {
         "_name_or_path": "lmsys/vicuna-7b-v1.5",
         "architectures": ["LlamaForCausalLM"],
@@ -227,6 +249,29 @@ def test_configurations_as_they_are_published():
     assert config["question_config"]["hidden_size"] == 768 and config["question_config"]["eos_token_id"] == 2
     assert config["text_relevance"] == "negated" and checked.num_patches == 576
     assert "max_length" not in config["question_config"]
+
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    newer = {
+        **base,
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "image_grid_pinpoints": pinpoints,
+        "model_type": "llava_next",
+        "text_config": {**text, "model_type": "mistral", "num_key_value_heads": 8, "sliding_window": None},
+        "use_image_newline_parameter": True,
+    }
+    config, checked = recoverable_config(newer, clip, {"text_relevance": "negated"})
+    assert config["model_type"] == "recoverable_llava_next"
+    assert config["image_grid_pinpoints"] == pinpoints and config["text_config"] == newer["text_config"]
+    assert checked.num_patches == 2880 and checked.text_config.model_type == "mistral"
+    said = " ".join(_how_many(config, checked).split())
+    assert "up to 2,880 visual tokens, by its shape: 576 of the whole picture" in said
+    for budget, refused_images in ((320, False), (640, True)):
+        said = _how_many({**config, "visual_token_budget": budget}, checked)
+        assert f"exactly **{budget} of up to 2,880** visual tokens" in said
+        assert f"({100 * budget / 2880:.0f} % of the most)" in said
+        assert ("An image that has fewer is refused." in said) is refused_images
+    with pytest.raises(ValueError, match='vision_feature_select_strategy must be "default" for LLaVA-NeXT'):
+        recoverable_config({**newer, "vision_feature_select_strategy": "full"}, clip, {})
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "snapshot"])
@@ -322,13 +367,78 @@ def test_another_clip_is_refused(tmp_path, base, clip):
     wide = tmp_path / "wide"
     tiny.save_tiny_clip(wide, hidden_size=64)
     refused("hidden_size=64, the base's has 32", output, base, wide)
-    built = build(str(base), output, clip=str(other), accept_different_vision_tower=True, **tiny.RECOVERY)
-    assert "differs from the one" in (built / "README.md").read_text()
+
+
+# A tower that was tuned along with the language model: known of LLaVA-1.6, to be said of others.
+
+
+@pytest.fixture(scope="module")
+def other_clip(tmp_path_factory) -> Path:
+    """A CLIP of the base's shape with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    tiny.save_tiny_clip(folder, seed=7)
+    return folder
+
+
+UNFROZEN = "LLaVA-1.6 was trained with its tower unfrozen"
+
+
+@both_families
+def test_tuned_tower_of_an_unknown_base_must_be_accepted(tmp_path, base, other_clip):
+    output = tmp_path / "out"
+    message = "tensors of the base's vision tower differ.*--accept-different-vision-tower"
+    refused(message, output, base, other_clip)
+    accepted = {"accept_different_vision_tower": True, **tiny.RECOVERY}
+    built = build(str(base), output, clip=str(other_clip), **accepted)
+    card = (built / "README.md").read_text()
+    assert "see [Limits](#limits)" in card and UNFROZEN not in card
+    assert "differs from the one that the question's text tower was trained with. The base's own tower stays" in card
+    assert "(it chooses 90 % of the tokens here)" in card
+
+
+LLAVA_NEXT = pytest.mark.parametrize("family", ["llava_next"], indirect=True)
+
+
+@LLAVA_NEXT
+def test_name_of_a_folder_makes_no_known_base(tmp_path, base, other_clip, monkeypatch):
+    """A folder may be called anything."""
+    monkeypatch.chdir(tmp_path)
+    save_layout(base, Path(TUNED_TOWERS[0]), "as in memory", shards=2)
+    refused("tensors of the base's vision tower differ", tmp_path / "out", TUNED_TOWERS[0], other_clip)
+
+
+@LLAVA_NEXT
+def test_tuned_towers_of_known_bases_are_accepted_with_their_clip_alone(tmp_path, hub, base, other_clip):
+    for name in ("llava-hf/llava-1.5-7b-hf", *TUNED_TOWERS):
+        hub.add_folder(name, base)
+    for name in (CLIP_OF_BASE[TUNED_TOWERS[0]], "maker/other-clip"):
+        hub.add_folder(name, other_clip)
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.RECOVERY.items()]
+    with CommandWorker(hub, tmp_path) as command:
+        for arguments in ((TUNED_TOWERS[0], "--clip", "maker/other-clip"), ("llava-hf/llava-1.5-7b-hf",)):
+            status, said = command("build", *arguments, "--output", "refused", *settings)
+            assert status == 1 and "tensors of the base's vision tower differ" in said, said
+        for name in TUNED_TOWERS:
+            status, said = command("build", name, "--output", name.partition("/")[2], *settings)
+            assert status == 0, said
+            built = tmp_path / name.partition("/")[2]
+            card = (built / "README.md").read_text()
+            assert f"{UNFROZEN}. The base's own tower stays" in card and "see [Limits](#limits)" in card
+            assert f'LlavaNextForConditionalGeneration.from_pretrained("{name}")' in card
+            assert read_json(built / "provenance.json")["vision_tower_differs"] is True
+            assert read_json(built / "config.json")["text_relevance"] == "negated"
+    for shard in read_checkpoint(base).shards:
+        assert (built / shard).read_bytes() == (base / shard).read_bytes()
+    extra, source = load_file(built / EXTRA_SHARD), load_file(other_clip / "model.safetensors")
+    assert not [name for name in extra if "vision" in name]
+    assert torch.equal(extra["model.visual_projection.weight"], source["visual_projection.weight"])
 
 
 def test_other_models_are_refused(tmp_path, base, llava_folder, clip):
     output, llava = tmp_path / "out", Path(llava_folder)
-    refused("model_type='llava_next'", output, changed_copy(llava, tmp_path / "a", model_type="llava_next"), clip)
+    for number, kind in enumerate(("llava_onevision", "recoverable_llava_next", ["llava"])):
+        other = changed_copy(llava, tmp_path / f"a{number}", model_type=kind)
+        refused(f"model_type={re.escape(repr(kind))}; only 'llava'.*'llava_next'", output, other, clip)
     refused("quantized", output, changed_copy(llava, tmp_path / "b", quantization_config={"bits": 4}), clip)
     refused("model_type='siglip'", output, base, changed_copy(clip, tmp_path / "c", model_type="siglip"))
     vision = {"model_type": "siglip_vision_model", "hidden_size": 32}
@@ -516,7 +626,8 @@ def test_running_build_of_the_same_output_is_left_alone(tmp_path, base, clip):
 # ------------------------------------------------------------------------------------------------ what people read
 
 
-def test_card_says_what_a_person_wants_to_know(built_once):
+@both_families
+def test_card_says_what_a_person_wants_to_know(built_once, family):
     card = ModelCard.load(built_once / "README.md")
     data = card.data.to_dict()
     assert data["library_name"] == "transformers"
@@ -533,8 +644,18 @@ def test_card_says_what_a_person_wants_to_know(built_once):
         "Citation",
     ):
         assert f"## {heading}" in card.text
-    for said in ("trust_remote_code=True", "compress = False", "2409.01179", "No benchmark has been run", "36 visual"):
+    for said in ("trust_remote_code=True", "compress = False", "2409.01179", "No benchmark has been run"):
         assert said in card.text, said
+    of_family = {
+        "llava": ("LlavaForConditionalGeneration, LlavaProcessor", "An image has 36 visual tokens."),
+        "llava_next": (
+            "LlavaNextForConditionalGeneration, LlavaNextProcessor",
+            "An image has up to 180 visual tokens, by its shape: 36 of the whole picture",
+        ),
+    }
+    for each, sentences in of_family.items():
+        assert all((said in card.text) is (each == family) for said in sentences)
+    assert family in data["tags"]
     assert str(Path(built_once).parent) not in card.text
 
 
@@ -669,22 +790,30 @@ def test_card_with_results_budget_and_another_license(tmp_path, llava_folder, cl
     assert read_json(output / "processor_config.json")["visual_token_budget"] == 9
 
 
-def test_code_page_lists_hashes_that_sha256sum_accepts(built_once):
+@both_families
+def test_code_page_lists_hashes_that_sha256sum_accepts(built_once, family):
     page = (built_once / "trust_remote_code.md").read_text()
-    assert sorted(listed_hashes(page)) == executed_files(built_once)
+    assert sorted(listed_hashes(page)) == executed_files(built_once, AUTO_MAPS[family])
     block = page.split("```\n")[1]
     checked = subprocess.run(
-        ["sha256sum", "--check", "--strict"], input=block, cwd=built_once, capture_output=True, text=True, check=False
+        ["sha256sum", "--check", "--strict"],
+        input=block,
+        cwd=built_once,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert checked.returncode == 0, checked.stderr
 
 
-def test_code_imports_only_what_every_user_of_transformers_has():
-    for name in executed_files(package_folder()):
+@both_families
+def test_code_imports_only_what_every_user_of_transformers_has(family):
+    for name in executed_files(package_folder(), AUTO_MAPS[family]):
         imported = set(imported_libraries(package_folder() / name))
         assert imported <= {"torch", "transformers", *sys.stdlib_module_names}, name
 
 
+@both_families
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_builds(tmp_path, llava_folder, clip, layout):
     folder = save_layout(Path(llava_folder), tmp_path / "base", layout, shards=2)

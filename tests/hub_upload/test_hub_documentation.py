@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from command_line import ROOT
 from loopback_hub import LoopbackHub
 
 
 BASE, CLIP, AUTHOR = "llava-hf/llava-1.5-7b-hf", "openai/clip-vit-large-patch14-336", "SFconvertbot"
+NEXT_BASE = "llava-hf/llava-v1.6-mistral-7b-hf"
 
 
 def commands() -> list[list[str]]:
@@ -51,7 +53,9 @@ print(json.dumps(runs))
 
 @pytest.mark.slow
 def test_commands_of_the_page(hub, base, clip, pictures, tmp_path):
+    tiny.save_tiny_llava(tmp_path / "next", clip, family="llava_next", language_model="mistral")
     hub.add_folder(BASE, base)
+    hub.add_folder(NEXT_BASE, tmp_path / "next")
     repo = hub.add_folder(CLIP, clip)
     safetensors = repo.commits[repo.refs["main"]].files
     repo.refs["refs/pr/1"] = repo.refs["main"]
@@ -80,6 +84,7 @@ def test_commands_of_the_page(hub, base, clip, pictures, tmp_path):
             assert "Built llava-1.5-7b-compressed" in output
     built = tmp_path / "llava-1.5-7b-compressed"
     assert json.loads((built / "config.json").read_text())["text_relevance"] == "negated"
+    assert (tmp_path / "llava-v1.6-mistral-7b-compressed" / "modeling_recoverable_llava_next.py").is_file()
     published = hub.main_files("writer/llava-1.5-7b-compressed")
     assert hub.repos["writer/llava-1.5-7b-compressed"].private
     assert "recovery_overlay.png" in published

@@ -1,15 +1,19 @@
 """Publishing beside other people's files: what is sent, deleted, replaced and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from batches import both_families
 from command_line import CommandWorker
 from hostile import EVIL, EVIL_CODE, SECRET
 from loopback_hub import Blob, LoopbackHub, Repo
 
 from hub_upload.checkpoint import file_sha256, read_json, write_json
+from hub_upload.inspection import inspect_files
 from hub_upload.provenance import checked_provenance, is_same_build, is_same_model
+from hub_upload.remote_code import package_auto_map, package_folder
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,31 @@ def test_configurations_that_name_foreign_code_are_refused(world, built, repo_id
         status, output = command(*words)
         assert status == 1 and "no other code is named" in output and name in output and "evil" in output, output
     assert repo_id not in hub.repos
+
+
+@both_families
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoProcessor"])
+def test_code_of_the_other_family_is_foreign(built, family, name, auto_class):
+    """Though it is the package's, a repository does not hold it."""
+    assert [check for check in inspect_files(built) if not check.passed] == []
+    other = package_auto_map("llava" if family == "llava_next" else "llava_next")[auto_class]
+    settings = read_json(built / name)
+    rewritten(built, name, json.dumps({**settings, "auto_map": {**settings.get("auto_map", {}), auto_class: other}}))
+    failed = {check.name: check.detail for check in inspect_files(built) if not check.passed}
+    assert failed["no other code is named"] == f"{name}: {auto_class}={other}"
+    file = f"{other.split('.')[0]}.py"
+    shutil.copyfile(package_folder() / file, built / file)
+    assert file in {check.name: check.detail for check in inspect_files(built)}["code equals trust_remote_code.md"]
+
+
+def test_a_class_of_the_other_family_on_the_target_is_refused(world, built, repo_id):
+    hub, command = world
+    assert command("publish", built, repo_id)[0] == 0
+    settings = json.dumps({"auto_map": {"AutoProcessor": package_auto_map("llava_next")["AutoProcessor"]}}).encode()
+    add_by_hand(hub, repo_id, preprocessor_config_DOT_json=settings)
+    status, output = command("publish", built, repo_id)
+    assert status == 1 and "preprocessor_config.json (AutoProcessor=processing_recoverable_llava_next" in output
 
 
 @pytest.mark.parametrize("name", ["more.py", "custom_generate/generate.py", "deep/er/more.py", "training_args.bin"])

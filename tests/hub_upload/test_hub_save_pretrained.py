@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from batches import both_families
+
 from hub_upload.checkpoint import read_json
 from hub_upload.remote_code import executed_files
 
@@ -54,6 +56,7 @@ print("\\n" + json.dumps({
 """
 
 
+@both_families
 def test_lora_merged_model_saves_whole_and_reloads_equal(built, tmp_path):
     target = tmp_path / "merged"
     run = subprocess.run(
@@ -66,7 +69,9 @@ def test_lora_merged_model_saves_whole_and_reloads_equal(built, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found == {"adapter changes": True, "same weights": True, "reloads equal": True, "remote": True}
-    for name in executed_files(built):
+    code = executed_files(built, read_json(built / "config.json")["auto_map"])
+    assert sorted(path.name for path in target.glob("*.py") if path.name != "__init__.py") == code
+    for name in code:
         assert (built / name).read_bytes() == (target / name).read_bytes(), name
     assert set(read_json(target / "config.json")["auto_map"]) == set(read_json(built / "config.json")["auto_map"])
     assert "AutoProcessor" in read_json(target / "processor_config.json")["auto_map"]

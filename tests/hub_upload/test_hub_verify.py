@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from batches import both_families
 from command_line import REPO_ID
 
 import hub_upload.verify as verify_module
@@ -41,6 +42,18 @@ def test_unlisted_code_is_found(built, not_executed):
     page = built / "trust_remote_code.md"
     page.write_text(page.read_text().replace("  novelty_selection.py", "  forgotten.py"))
     assert "code equals trust_remote_code.md" in failed(verify(built))
+
+
+def test_model_of_no_family_or_of_another_is_found(built, not_executed):
+    config = read_json(built / "config.json")
+    for model_type, message in (
+        ("recoverable_llava_next", "_recoverable_llava_next.py or a file that it imports cannot be read"),
+        ("llava_onevision", "model_type is 'llava_onevision': the families that can be built are"),
+        (None, "model_type is 'None'"),
+    ):
+        write_json(built / "config.json", {**config, "model_type": model_type})
+        checks = verify(built)
+        assert failed(checks) == {"files can be read"} and message in checks[-1].detail, checks
 
 
 def test_missing_code_is_found(built, not_executed):
@@ -168,6 +181,7 @@ def test_buffers_that_stock_does_not_use_either_are_no_problem():
     assert loading_problems({}, {"missing_keys": ["lm_head.weight"]}) == {"missing_keys": ["lm_head.weight"]}
 
 
+@both_families
 def test_stock_base_is_the_base(built_once, base, tmp_path):
     verify_module.write_stock_base(built_once, tmp_path)
     assert read_json(tmp_path / "config.json") == read_json(base / "config.json")
@@ -184,6 +198,7 @@ def other_pythons() -> list[Path]:
     return [path for path in (*(folder / "bin" / "python" for folder in siblings - {prefix}), *named) if path.exists()]
 
 
+@both_families
 def test_built_here_loads_on_the_other_declared_transformers(built, monkeypatch):
     if not other_pythons():
         pytest.skip(

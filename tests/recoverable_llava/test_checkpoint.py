@@ -1,5 +1,8 @@
-"""The embedded checkpoint: complete, current, and able to answer."""
+"""The embedded checkpoints: complete, current, and able to answer."""
 
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,11 +10,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import recoverable_llava
+from hub_upload.remote_code import executed_files, package_auto_map
 from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration
 from training.examples import scene_examples
 
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "tiny"
+FOLDERS = sorted(path.parent for path in (ROOT / "checkpoints").glob("*/config.json"))
+PACKAGE = Path(recoverable_llava.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +30,46 @@ def loaded():
     return model.eval(), AutoProcessor.from_pretrained(CHECKPOINT)
 
 
-def test_code_is_that_of_the_package():
+def wanted_code(folder: Path) -> list[str]:
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    return executed_files(PACKAGE, package_auto_map(model_type))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_code_is_that_of_the_package(folder):
     """`make checkpoint-code` copies it."""
-    package = Path(recoverable_llava.__file__).parent
-    files = sorted(CHECKPOINT.glob("*.py"))
-    assert {"modeling_recoverable_llava.py", "novelty_selection.py", "paper_selection.py"} <= {
-        file.name for file in files
-    }
-    for file in files:
-        assert file.read_bytes() == (package / file.name).read_bytes(), f"{file.name}: run make checkpoint-code"
+    assert {"novelty_selection.py", "paper_selection.py"} < {*wanted_code(folder)}
+    assert sorted(file.name for file in folder.glob("*.py")) == wanted_code(folder), "run make checkpoint-code"
+    for name in wanted_code(folder):
+        assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes(), f"{name}: run make checkpoint-code"
 
 
-def test_files_fit_a_git_host():
-    weights = list(CHECKPOINT.glob("*.safetensors"))
+def test_checkpoint_code_copies_what_a_checkpoint_runs(tmp_path, capsys):
+    """Of a family's files all, also new ones, and of another family's none."""
+    for name, model_type in (("one", "recoverable_llava"), ("other", "recoverable_llava_next")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+        shutil.copy(PACKAGE / "selection.py", tmp_path / name / "gone.py")
+        (tmp_path / name / "selection.py").write_text("stale = True\n")
+    specification = importlib.util.spec_from_file_location("checkpoint_code", ROOT / ".ci" / "checkpoint_code.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    script.main(tmp_path)
+    assert capsys.readouterr().out.startswith("one: ")
+    code = {name: {file.name for file in (tmp_path / name).glob("*.py")} for name in ("one", "other")}
+    for name, files in code.items():
+        assert sorted(files) == wanted_code(tmp_path / name)
+        assert all((tmp_path / name / file).read_bytes() == (PACKAGE / file).read_bytes() for file in files)
+    assert "modeling_recoverable_llava.py" in code["one"] and "modeling_recoverable_llava_next.py" not in code["one"]
+    assert {"modeling_recoverable_llava_next.py", "image_tiles.py"} <= code["other"] - code["one"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_files_fit_a_git_host(folder):
+    weights = list(folder.glob("*.safetensors"))
     assert weights and all(file.stat().st_size <= 15_000_000 for file in weights)
     assert sum(file.stat().st_size for file in weights) <= 40_000_000
-    assert not [file for file in CHECKPOINT.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ttf")]
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ttf")]
 
 
 def test_it_runs_with_the_defaults(loaded):
