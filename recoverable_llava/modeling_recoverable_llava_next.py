@@ -43,12 +43,15 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
 
     def full_counts(self, images: ImageInputs, device: torch.device) -> FullCounts:
         check_strategy(images.options.get("vision_feature_select_strategy", self.config.vision_feature_select_strategy))
-        if images.vision_features is None:
-            tiles = self.tiles_of(images.pixel_values, images.options.get("image_sizes"))
-        else:
+        pixel_rows = None
+        if images.vision_features is not None:
             tiles = images.vision_features.tiles
+        else:
+            tiles = self.tiles_of(images.pixel_values, images.options.get("image_sizes"))
+            if images.pixel_values.ndim == 4:
+                pixel_rows = [each.num_tiles for each in tiles]
         counts = [each.num_tokens for each in tiles]
-        return FullCounts(torch.tensor(counts, device=device), max(counts), sum(counts))
+        return FullCounts(torch.tensor(counts, device=device), max(counts), sum(counts), pixel_rows)
 
     def tiles_of(self, pixel_values: torch.Tensor, image_sizes: Any) -> list[ImageTiles]:
         """How each image is cut into tiles.

@@ -496,7 +496,7 @@ class RecoverableGenerationMixin(nn.Module):
                     placeholders.image[:, num_past:][placeholders.mask[:, num_past:]],
                     torch.ones(num_new, dtype=per_image.dtype, device=per_image.device),
                 )
-                return images.only(is_new > 0)
+                return images.only(is_new > 0, counts.pixel_rows)
         check_placeholder_count(num_new, len(images), counts, settings)
         return images
 
