@@ -21,7 +21,7 @@ from .recoverable_generation import RecoverableGenerationMixin
 from .recoverable_model import FullCounts, ImageInputs, RecoverableModelMixin, sizes_on_host
 from .recoverable_vision import RecoverableVisionMixin, Recovery, VisionFeatures
 from .token_assembly import Assembly
-from .transformers_names import register_checkpoint_layouts
+from .transformers_names import in_order_of, register_checkpoint_layouts
 
 
 register_checkpoint_layouts(RecoverableLlavaNextConfig.model_type, like="llava_next")
@@ -166,6 +166,7 @@ def without_empty_tiles(pixel_values: torch.Tensor, tiles: list[ImageTiles]) -> 
 
 class RecoverableLlavaNextModel(LlavaNextFamilyMixin, RecoverableModelMixin, LlavaNextModel):
     config: RecoverableLlavaNextConfig
+    forward = in_order_of(LlavaNextModel.forward, RecoverableModelMixin.forward)
 
     def __init__(self, config: RecoverableLlavaNextConfig):
         super().__init__(config)
@@ -177,6 +178,7 @@ class RecoverableLlavaNextForConditionalGeneration(RecoverableGenerationMixin, L
     stock_class = LlavaNextForConditionalGeneration
     model_class = RecoverableLlavaNextModel
     output_class = LlavaNextCausalLMOutputWithPast
+    forward = in_order_of(LlavaNextForConditionalGeneration.forward, RecoverableGenerationMixin.forward)
 
 
 __all__ = [
