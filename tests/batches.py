@@ -1,8 +1,12 @@
 """Batches of prompts and pictures for a tiny model, the rows they are made of, and the answers to them."""
 
+import pytest
+import tiny
 import torch
 
 
+# For a test, or a file of them: it runs once with each family's `model`, `processor`, `stock` and repos.
+both_families = pytest.mark.parametrize("family", list(tiny.FAMILIES), indirect=True)
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 PROMPTS = [
     "USER: <image>\nwhat is the colour of the cat ? ASSISTANT:",
@@ -37,3 +41,13 @@ def row_of(processor, pictures, prompts, index):
 
 def without_question(inputs):
     return {name: value for name, value in inputs.items() if "question" not in name}
+
+
+def images_of(inputs, rows=slice(None)):
+    """Of inputs with one image a row, what a model wants of the images: pixels, and the sizes where there are any."""
+    return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes") if name in inputs}
+
+
+def joined(*several):
+    """The images of several inputs as one."""
+    return {name: torch.cat([images[name] for images in several]) for name in several[0]}

@@ -12,7 +12,6 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 from recoverable_llava.tools.combine import combine  # noqa: E402
 
@@ -39,9 +38,15 @@ def clip_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def llava_folder(tmp_path_factory, clip_folder):
-    folder = tmp_path_factory.mktemp("llava")
-    tiny.save_tiny_llava(folder, clip_folder)
+def family(request):
+    """LLaVA-1.5, unless a test is marked with `batches.both_families`."""
+    return getattr(request, "param", "llava")
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory, clip_folder, family):
+    folder = tmp_path_factory.mktemp(family)
+    tiny.save_tiny_llava(folder, clip_folder, family=family)
     return str(folder)
 
 
@@ -72,8 +77,8 @@ def processor(model_and_processor):
 
 
 @pytest.fixture
-def stock(llava_folder):
-    return LlavaForConditionalGeneration.from_pretrained(llava_folder)
+def stock(llava_folder, family):
+    return tiny.FAMILIES[family][1].from_pretrained(llava_folder)
 
 
 @pytest.fixture(scope="session")

@@ -112,3 +112,20 @@ def test_what_is_told_is_heard(llava_folder, tmp_path):
 
     for _ in range(2):
         assert told(call, None, None, tmp_path) == {"LlavaModel says so", "FutureWarning: or so"}
+
+
+def test_a_newer_transformers_is_said_to_be_untested_once(monkeypatch, caplog):
+    import transformers
+    from transformers.utils import logging
+
+    from recoverable_llava import transformers_names
+
+    logging.get_logger("transformers").propagate = True
+    transformers_names.logger.warning_once.cache_clear()
+    monkeypatch.setattr(transformers, "__version__", "5.23.1")
+    transformers_names.warn_if_untested()
+    assert not caplog.records
+    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    transformers_names.warn_if_untested()
+    transformers_names.warn_if_untested()
+    assert [("tested with transformers up to" in record.message) for record in caplog.records] == [True]
