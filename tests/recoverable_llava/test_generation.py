@@ -83,6 +83,20 @@ def test_batch_equals_rows(model, processor, pictures, prompts):
     assert_batch_equals_rows(model, processor, pictures, prompts)
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("off_by", ["config", "call"])
+def test_off_equals_stock_for_every_beam_of_several_images(model, processor, pictures, stock, settings, off_by):
+    """Since transformers 5.23 stock encodes images before it expands them to beams."""
+    inputs = batch_of(processor, pictures, ["USER: <image> and <image>\nwhat is it ? ASSISTANT:", *PROMPTS[:2]])
+    model.config.visual_token_budget = 9
+    off = {"compress": False} if off_by == "call" else {}
+    model.config.compress = off_by == "call"
+    torch.manual_seed(0)
+    expected = stock.generate(**without_question(inputs), **{**GREEDY, **settings})
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**inputs, **{**GREEDY, **settings}, **off), expected)
+
+
 def test_text_alone_equals_stock(model, processor, pictures, stock):
     inputs = batch_of(processor, pictures, ["USER: what is a dog ? ASSISTANT:"] * 2)
     assert torch.equal(model.generate(**inputs, **GREEDY), stock.generate(**without_question(inputs), **GREEDY))
@@ -658,7 +672,9 @@ def test_placeholders_that_fit_neither_road(model, processor, pictures):
             run(**wrong)
     model.config.visual_token_budget = None
     for run in (model.generate, model):
-        with pytest.raises(ValueError, match=f"{found} image placeholders, but 3 images need {longest} each, {found + 1} in all"):
+        with pytest.raises(
+            ValueError, match=f"{found} image placeholders, but 3 images need {longest} each, {found + 1} in all"
+        ):
             run(**wrong)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from batches import GREEDY, PROMPTS, answers, batch_of, both_families, images_of, without_question
+
 from recoverable_llava.transformers_names import CACHE
 
 
