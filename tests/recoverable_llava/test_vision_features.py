@@ -9,6 +9,7 @@ from batches import both_families, images_of
 from torch import nn
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, LlavaForConditionalGeneration
 
+from recoverable_llava import recoverable_vision
 from recoverable_llava.tools.combine import combine
 
 
@@ -253,6 +254,37 @@ def test_half_precision_scores_are_float32(model, pixels):
     vision = model.get_vision_features(pixels.bfloat16())
     assert vision.patches.dtype == torch.bfloat16
     assert vision.visual_scores.dtype == vision.relevance_embeds.dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------------------- few images at once
+
+
+@both_families
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("images_at_once", [1, 2])
+@torch.no_grad()
+def test_images_are_selected_few_at_once_as_all(model, inputs, preset, images_at_once, monkeypatch):
+    """Three images, and tables of all pairs of patches for one or two of them at a time."""
+    model.config.use_preset(preset)
+    vision = model.get_vision_features(**images_of(inputs))
+    with_distance = model.model.with_distance(vision)
+    expected, logits = model.recover_tokens(**inputs), model(**inputs).logits
+    sizes, at_once = [], model.model.select_at_once
+
+    def watched(images, settings):
+        sizes.append(len(images.vision.patches))
+        return at_once(images, settings)
+
+    monkeypatch.setattr(model.model, "select_at_once", watched)
+    monkeypatch.setattr(recoverable_vision, "PAIRS_AT_ONCE", images_at_once * vision.patches.shape[1] ** 2 + 1)
+    rest = {name: inputs[name] for name in inputs if name not in images_of(inputs)}
+    for found in (model.recover_tokens(**inputs), model.recover_tokens(**rest, vision_features=with_distance)):
+        for part in ("selection", "assembly"):
+            for name, value in vars(getattr(expected, part)).items():
+                same = getattr(getattr(found, part), name)
+                assert value is same is None or torch.allclose(same.float(), value.float(), atol=1e-6), name
+    assert torch.allclose(model(**inputs).logits, logits, atol=1e-5)
+    assert sizes == [1, 1, 1] * 3 if images_at_once == 1 else sizes == [2, 1] * 3
 
 
 # ------------------------------------------------------------------------------------------------------ forward passes
