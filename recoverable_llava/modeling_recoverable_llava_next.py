@@ -94,24 +94,16 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
         return tiles
 
     def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        text_relevance: str,
-        attention_layer: int,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Any = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, text_relevance: str, attention_layer: int, **options: Any
     ) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
-        tiles = self.tiles_of(pixel_values, image_sizes)
-        check_strategy(vision_feature_select_strategy or self.config.vision_feature_select_strategy)
+        tiles = self.tiles_of(pixel_values, options.pop("image_sizes", None))
+        strategy = options.pop("vision_feature_select_strategy", None)
+        check_strategy(strategy or self.config.vision_feature_select_strategy)
         # Before the towers run, so that the host need not wait for them.
         index, valid = TileGrids.of(tiles, pixel_values.device).patch_index(max(each.num_patches for each in tiles))
         if pixel_values.ndim == 5:
             pixel_values = without_empty_tiles(pixel_values, tiles)
-        outputs, features, *read = self.read_images(
-            pixel_values, text_relevance, attention_layer, vision_feature_layer, **kwargs
-        )
+        outputs, features, *read = self.read_images(pixel_values, text_relevance, attention_layer, **options)
         # [T, P, ...] of tiles to [I, N, ...] of images.
         index, valid = index.to(features.device), valid.to(features.device)
         patches, visual_scores, keys, embeds = (each.flatten(0, 1)[index] for each in (features[:, 1:], *read))
