@@ -33,7 +33,8 @@ test-lowest: $(VENV)-5.12.0/.installed
 
 test-between: $(VENV)-5.17.0/.installed
 	$(VENV)-5.17.0/bin/python $(PYTEST) --dist loadfile tests/recoverable_llava/tools/test_combine.py \
-		$(addprefix tests/recoverable_llava/test_,vision_features.py forward.py generation.py configuration.py warnings.py)
+		$(addprefix tests/recoverable_llava/test_,vision_features.py forward.py generation.py configuration.py warnings.py \
+		image_tiles.py llava_next.py)
 
 # On the newest transformers that there is today, so that what it renames is seen on the day.
 test-newest: newest

@@ -43,9 +43,9 @@ class ImageTiles:
         """
         tile_rows, tile_columns = get_anyres_image_grid_shape(tuple(image_size), pinpoints, tile_size)
         height, width = tile_rows * grid_width, tile_columns * grid_width
-        held = unpad_image(torch.arange(height * width).view(1, height, width), tuple(image_size))[0]
-        top, left = divmod(int(held[0, 0]), width) if held.numel() else (0, 0)
-        rows, columns = held.shape
+        # Shapes alone, so on no device: there is as much padding on one side as on the other.
+        _, rows, columns = unpad_image(torch.empty(1, height, width, device="meta"), tuple(image_size)).shape
+        top, left = (height - rows) // 2, (width - columns) // 2
         return cls(rows, columns, top, left, tile_rows, tile_columns, grid_width)
 
     @property

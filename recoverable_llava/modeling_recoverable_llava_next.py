@@ -21,7 +21,7 @@ from .recoverable_generation import RecoverableGenerationMixin
 from .recoverable_model import FullCounts, ImageInputs, RecoverableModelMixin, sizes_on_host
 from .recoverable_vision import RecoverableVisionMixin, Recovery, VisionFeatures
 from .token_assembly import Assembly
-from .transformers_names import register_checkpoint_layouts
+from .transformers_names import in_order_of, register_checkpoint_layouts
 
 
 register_checkpoint_layouts(RecoverableLlavaNextConfig.model_type, like="llava_next")
@@ -43,12 +43,16 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
 
     def full_counts(self, images: ImageInputs, device: torch.device) -> FullCounts:
         check_strategy(images.options.get("vision_feature_select_strategy", self.config.vision_feature_select_strategy))
-        if images.vision_features is None:
-            tiles = self.tiles_of(images.pixel_values, images.options.get("image_sizes"))
-        else:
+        pixel_rows = None
+        if images.vision_features is not None:
             tiles = images.vision_features.tiles
+        else:
+            tiles = self.tiles_of(images.pixel_values, images.options.get("image_sizes"))
+            if images.pixel_values.ndim == 4:
+                pixel_rows = [each.num_tiles for each in tiles]
         counts = [each.num_tokens for each in tiles]
-        return FullCounts(torch.tensor(counts).to(device, non_blocking=True), max(counts), sum(counts))
+        per_image = torch.tensor(counts).to(device, non_blocking=True)
+        return FullCounts(per_image, max(counts), sum(counts), pixel_rows)
 
     def tiles_of(self, pixel_values: torch.Tensor, image_sizes: Any) -> list[ImageTiles]:
         """How each image is cut into tiles.
@@ -91,24 +95,16 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
         return tiles
 
     def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        text_relevance: str,
-        attention_layer: int,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Any = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, text_relevance: str, attention_layer: int, **options: Any
     ) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
-        tiles = self.tiles_of(pixel_values, image_sizes)
-        check_strategy(vision_feature_select_strategy or self.config.vision_feature_select_strategy)
+        tiles = self.tiles_of(pixel_values, options.pop("image_sizes", None))
+        strategy = options.pop("vision_feature_select_strategy", None)
+        check_strategy(strategy or self.config.vision_feature_select_strategy)
         # Before the towers run, so that the host need not wait for them.
         index, valid = TileGrids.of(tiles, pixel_values.device).patch_index(max(each.num_patches for each in tiles))
         if pixel_values.ndim == 5:
             pixel_values = without_empty_tiles(pixel_values, tiles)
-        outputs, features, *read = self.read_images(
-            pixel_values, text_relevance, attention_layer, vision_feature_layer, **kwargs
-        )
+        outputs, features, *read = self.read_images(pixel_values, text_relevance, attention_layer, **options)
         # [T, P, ...] of tiles to [I, N, ...] of images.
         index, valid = index.to(features.device), valid.to(features.device)
         patches, visual_scores, keys, embeds = (each.flatten(0, 1)[index] for each in (features[:, 1:], *read))
@@ -163,6 +159,7 @@ def without_empty_tiles(pixel_values: torch.Tensor, tiles: list[ImageTiles]) -> 
 
 class RecoverableLlavaNextModel(LlavaNextFamilyMixin, RecoverableModelMixin, LlavaNextModel):
     config: RecoverableLlavaNextConfig
+    forward = in_order_of(LlavaNextModel.forward, RecoverableModelMixin.forward)
 
     def __init__(self, config: RecoverableLlavaNextConfig):
         super().__init__(config)
@@ -174,6 +171,7 @@ class RecoverableLlavaNextForConditionalGeneration(RecoverableGenerationMixin, L
     stock_class = LlavaNextForConditionalGeneration
     model_class = RecoverableLlavaNextModel
     output_class = LlavaNextCausalLMOutputWithPast
+    forward = in_order_of(LlavaNextForConditionalGeneration.forward, RecoverableGenerationMixin.forward)
 
 
 __all__ = [

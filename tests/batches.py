@@ -41,3 +41,13 @@ def row_of(processor, pictures, prompts, index):
 
 def without_question(inputs):
     return {name: value for name, value in inputs.items() if "question" not in name}
+
+
+def images_of(inputs, rows=slice(None)):
+    """Of inputs with one image a row, what a model wants of the images: pixels, and the sizes where there are any."""
+    return {name: inputs[name][rows] for name in ("pixel_values", "image_sizes") if name in inputs}
+
+
+def joined(*several):
+    """The images of several inputs as one."""
+    return {name: torch.cat([images[name] for images in several]) for name in several[0]}

@@ -32,9 +32,11 @@ def batch(folder: str) -> dict[str, torch.Tensor]:
 
 
 def load(folder: str) -> Any:
-    from recoverable_llava import RecoverableLlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model = RecoverableLlavaForConditionalGeneration.from_pretrained(folder)
+    import recoverable_llava  # noqa: F401  (registers its classes)
+
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     return model.to(device()).train()
 
 

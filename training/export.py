@@ -3,9 +3,11 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -20,7 +22,7 @@ from .language import CHAT_TEMPLATE, IMAGE_TOKEN, language_tokenizer, question_t
 from .model import TrainingModel, text_config, vision_config
 from .scenes import IMAGE_SIZE
 from .tiled_model import TiledTrainingModel
-from .tiles import PINPOINTS
+from .tiles import PICTURE_SIZES, PINPOINTS
 from .weights import load_weights
 
 
@@ -86,7 +88,10 @@ def export_combined(llava: Path, clip: Path, folder: Path) -> None:
     from recoverable_llava.tools.asking import DRAWN_SCENES
     from recoverable_llava.tools.combine import combine
 
-    model, processor = combine(str(llava), str(clip), picture_domain=DRAWN_SCENES)
+    world: dict[str, Any] = {"picture_domain": DRAWN_SCENES}
+    if AutoConfig.from_pretrained(llava).model_type == "llava_next":
+        world["picture_sizes"] = PICTURE_SIZES
+    model, processor = combine(str(llava), str(clip), **world)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
 

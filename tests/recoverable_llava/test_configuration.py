@@ -5,15 +5,27 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, CLIPTextConfig, LlavaConfig, SiglipVisionConfig
+from transformers import AutoConfig, CLIPTextConfig, LlavaConfig, LlavaNextConfig, SiglipVisionConfig
 
-from recoverable_llava import RecoverableLlavaConfig, RecoverableLlavaForConditionalGeneration
-from recoverable_llava.configuration_recoverable_llava import AUTO_MAP
+from recoverable_llava import (
+    RecoverableLlavaConfig,
+    RecoverableLlavaForConditionalGeneration,
+    RecoverableLlavaNextConfig,
+    configuration_recoverable_llava,
+    configuration_recoverable_llava_next,
+)
 
 
-def tiny_config(**settings):
+def tiny_config(config_class=RecoverableLlavaConfig, **settings):
     vision_config = {"model_type": "clip_vision_model", **tiny.vision_config()}
-    return RecoverableLlavaConfig(vision_config=vision_config, **{**tiny.RECOVERY, **settings})
+    return config_class(vision_config=vision_config, **{**tiny.RECOVERY, **settings})
+
+
+of_both_families = pytest.mark.parametrize(
+    ("config_class", "stock_class"),
+    [(RecoverableLlavaConfig, LlavaConfig), (RecoverableLlavaNextConfig, LlavaNextConfig)],
+    ids=tiny.FAMILIES,
+)
 
 
 # Every hyperparameter, with a value that is not its default.
@@ -40,25 +52,34 @@ OTHER_VALUES = {
 BY_NOVELTY = ("novelty_threshold", "text_share", "text_reach")  # without meaning in the paper's preset
 
 
-def test_every_hyperparameter_survives_a_round_trip(tmp_path):
-    own_fields = set(RecoverableLlavaConfig().to_dict()) - set(LlavaConfig().to_dict())
+@of_both_families
+def test_every_hyperparameter_survives_a_round_trip(tmp_path, config_class, stock_class):
+    own_fields = set(config_class().to_dict()) - set(stock_class().to_dict())
     assert own_fields == {*OTHER_VALUES, "question_config", "auto_map"}
-    config = tiny_config(**OTHER_VALUES, question_config={"hidden_size": 24, "projection_dim": 16})
+    config = tiny_config(config_class, **OTHER_VALUES, question_config={"hidden_size": 24, "projection_dim": 16})
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     for name, value in OTHER_VALUES.items():
         assert written[name] == value and value != getattr(tiny_config(), name)
-    for loaded in (RecoverableLlavaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
-        assert type(loaded) is RecoverableLlavaConfig
+    for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is config_class
         assert loaded.to_diff_dict() == config.to_diff_dict()
         assert isinstance(loaded.question_config, CLIPTextConfig) and loaded.question_config.projection_dim == 16
 
 
-def test_written_config_names_the_code_of_every_class(tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("config_class", "module", "model_type"),
+    [
+        (RecoverableLlavaConfig, configuration_recoverable_llava, "recoverable_llava"),
+        (RecoverableLlavaNextConfig, configuration_recoverable_llava_next, "recoverable_llava_next"),
+    ],
+    ids=tiny.FAMILIES,
+)
+def test_written_config_names_the_code_of_every_class(tmp_path, config_class, module, model_type):
+    tiny_config(config_class).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["auto_map"] == AUTO_MAP and written["model_type"] == "recoverable_llava"
-    tiny_config().save_pretrained(tmp_path)  # over itself
+    assert written["auto_map"] == module.AUTO_MAP and written["model_type"] == model_type
+    tiny_config(config_class).save_pretrained(tmp_path)  # over itself
     assert json.loads((tmp_path / "config.json").read_text()) == written
 
 
@@ -86,10 +107,11 @@ def test_preset_of_the_paper():
     assert config.vision_feature_layer == -2 and config.question_config.model_type == "clip_text_model"
 
 
-def test_a_stock_config_with_nothing_added_is_complete():
-    stock = LlavaConfig().to_dict()
+@of_both_families
+def test_a_stock_config_with_nothing_added_is_complete(config_class, stock_class):
+    stock = stock_class().to_dict()
     stock.pop("model_type")
-    config = RecoverableLlavaConfig(**stock)
+    config = config_class(**stock)
     assert {name: value for name, value in config.to_dict().items() if name in stock} == stock
 
 
@@ -150,9 +172,23 @@ def test_the_class_token_counts_as_a_token():
         tiny_config(**full, max_visual_tokens=1)
 
 
-def test_only_a_clip_vision_tower_will_do():
+@of_both_families
+def test_only_a_clip_vision_tower_will_do(config_class, stock_class):
     with pytest.raises(ValueError, match="needs a CLIP vision tower .* 'siglip_vision_model'"):
-        RecoverableLlavaConfig(vision_config=SiglipVisionConfig())
+        config_class(vision_config=SiglipVisionConfig())
+
+
+def test_an_image_has_the_patches_of_all_its_tiles():
+    assert RecoverableLlavaNextConfig().num_patches == 5 * 576
+    settings = {"config_class": RecoverableLlavaNextConfig, "image_grid_pinpoints": tiny.PINPOINTS}
+    assert tiny_config(**settings).num_patches == 5 * 36
+    assert tiny_config(**settings, visual_token_budget=180).visual_token_budget == 180
+    with pytest.raises(ValueError, match=r"visual_token_budget must be a whole number from 1 to 180 .*, got 181"):
+        tiny_config(**settings, visual_token_budget=181)
+    with pytest.raises(ValueError, match=r"text_lof_neighbors must be a whole number from 1 to 179 .*, got 180"):
+        tiny_config(**settings, text_lof_neighbors=180)
+    wide = tiny_config(RecoverableLlavaNextConfig, image_grid_pinpoints=[[84, 168], [336, 252]])
+    assert wide.num_patches == (1 + 12) * 36
 
 
 @pytest.mark.parametrize(

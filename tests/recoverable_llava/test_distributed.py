@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of
+from batches import batch_of, both_families
 from distributed_training import __file__ as WORKER
+from transformers import AutoProcessor
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +27,7 @@ def losses(repo_folder, tmp_path_factory, pictures):
 
 def train_in_two_processes(ways, repo_folder, tmp_path_factory, pictures):
     """All ways in one pair of processes, which take longest to start."""
-    from recoverable_llava import RecoverableLlavaProcessor
-
-    inputs = dict(batch_of(RecoverableLlavaProcessor.from_pretrained(repo_folder), pictures))
+    inputs = dict(batch_of(AutoProcessor.from_pretrained(repo_folder), pictures))
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     torch.save(inputs, f"{repo_folder}/batch.pt")
     report = tmp_path_factory.mktemp("distributed") / "losses.json"
@@ -49,6 +48,7 @@ def train_in_two_processes(ways, repo_folder, tmp_path_factory, pictures):
 
 
 @pytest.mark.slow
+@both_families
 @pytest.mark.parametrize(("way", "single"), [("ddp", "alone"), ("fsdp", "alone"), ("ddp_lora", "lora_alone")])
 def test_two_processes_learn_what_one_does(losses, way, single):
     assert losses[way] == pytest.approx(losses[single], rel=1e-5)

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from batches import GREEDY, PROMPTS, batch_of, row_of, without_question
-from tiny import LANGUAGE_MODELS, NUM_PATCHES, RECOVERY, save_tiny_llava
+from batches import GREEDY, PROMPTS, batch_of, both_families, images_of, joined, row_of, without_question
+from tiny import FAMILIES, LANGUAGE_MODELS, NUM_PATCHES, RECOVERY, save_tiny_llava
 from transformers import DynamicCache
 
 from recoverable_llava.tools.combine import combine
+
+
+pytestmark = both_families
 
 
 def assert_rows_equal(model, processor, pictures, prompts, **options):
@@ -47,7 +50,7 @@ def test_outputs_have_the_original_length(model, processor, pictures):
     kept = model.recover_tokens(**inputs).selection.num_tokens
     for row in range(len(kept)):
         block = outputs.logits[row, is_image[row]]
-        assert torch.equal(block[kept[row] :], block[kept[row] - 1].expand(NUM_PATCHES - kept[row], -1))
+        assert torch.equal(block[kept[row] :], block[kept[row] - 1].expand(len(block) - kept[row], -1))
         assert not torch.equal(block[kept[row] - 1], block[kept[row] - 2])
 
 
@@ -145,12 +148,12 @@ def test_new_image_in_a_later_forward(model, processor, pictures):
     continued = model(**turn, past_key_values=cache)
     assert continued.logits.shape[1] == second["input_ids"].shape[1]
     # Both images in one prompt, each guided by its own turn's question, is the same computation.
-    vision = model.get_vision_features(torch.cat([first["pixel_values"], second["pixel_values"]]))
+    vision = model.get_vision_features(**joined(images_of(first), images_of(second)))
     embeds = [model.get_question_embeds(turn["question_input_ids"]) for turn in (first, second)]
     history = continued.past_key_values.compressed_history
     counts = [
         model.recover_tokens(
-            input_ids=one["input_ids"], pixel_values=one["pixel_values"], question_embeds=question
+            input_ids=one["input_ids"], **images_of(one), question_embeds=question
         ).selection.num_tokens.item()
         for one, question in zip((first, second), embeds)
     ]
@@ -176,7 +179,6 @@ def test_an_image_split_over_two_prompts_is_refused(model, processor, pictures):
     first = (ids[0] == image_token).nonzero()[0]
     text = (mask[1].bool() & (ids[1] != image_token)).nonzero()[0]
     ids[0, first], ids[1, text] = 5, image_token
-    assert int((ids == image_token).sum()) == 3 * NUM_PATCHES
     for run in (model, model.generate):
         with pytest.raises(ValueError, match="an image's placeholders stand in one prompt"):
             run(**inputs)
@@ -202,12 +204,12 @@ def test_packed_sequences(model, processor, pictures):
     question = {name: rows[0][name] for name in rows[0] if "question" in name}
     packed = model(
         input_ids=ids,
-        pixel_values=torch.cat([row["pixel_values"] for row in rows]),
+        **joined(*map(images_of, rows)),
         position_ids=positions,
         use_cache=False,
         **question,
     ).logits
-    alone = [model(input_ids=row["input_ids"], pixel_values=row["pixel_values"], **question).logits for row in rows]
+    alone = [model(input_ids=row["input_ids"], **images_of(row), **question).logits for row in rows]
     assert torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-5)
 
 
@@ -273,12 +275,12 @@ def test_off_equals_stock_with_labels_and_all(model, processor, pictures, stock)
     assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.logits, theirs.logits)
     assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states))
     own, other = (torch.utils._pytree.tree_leaves(outputs.to_tuple()[-1]) for outputs in (ours, theirs))
-    assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(own, other, strict=True))
 
 
 def test_get_image_features_as_stock(model, processor, pictures, stock):
-    pixels = batch_of(processor, pictures)["pixel_values"]
-    ours, theirs = model.get_image_features(pixels), stock.get_image_features(pixels)
+    images = images_of(batch_of(processor, pictures))
+    ours, theirs = model.get_image_features(**images), stock.get_image_features(**images)
     assert all(torch.equal(a, b) for a, b in zip(ours.pooler_output, theirs.pooler_output))
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
 
@@ -311,10 +313,12 @@ def test_half_precision(model, processor, pictures, dtype):
     [{}, {"vision_feature_layer": [-3, -2]}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": 1}],
     ids=["default", "two layers", "full", "layer 1"],
 )
-def test_other_checkpoints(tmp_path, clip_folder, pictures, language_model, settings):
+def test_other_checkpoints(tmp_path, clip_folder, pictures, family, language_model, settings):
     if language_model != "llama" and settings:
         pytest.skip("the vision settings do not depend on the language model")
-    save_tiny_llava(tmp_path, clip_folder, language_model=language_model, **settings)
+    if family == "llava_next" and "vision_feature_select_strategy" in settings:
+        pytest.skip("LLaVA-NeXT has no place for class tokens")
+    save_tiny_llava(tmp_path, clip_folder, language_model=language_model, family=family, **settings)
     model, processor = combine(str(tmp_path), clip_folder, **RECOVERY)
     assert_rows_equal(model, processor, pictures, PROMPTS)
     inputs = batch_of(processor, pictures)
@@ -331,9 +335,7 @@ def test_other_checkpoints(tmp_path, clip_folder, pictures, language_model, sett
     model.config.visual_token_budget = None
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
     model.config.compress = False
-    from transformers import LlavaForConditionalGeneration
-
-    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    stock = FAMILIES[family][1].from_pretrained(tmp_path)
     assert torch.equal(model(**inputs).logits, stock(**without_question(inputs)).logits)
 
 

@@ -291,6 +291,26 @@ def test_an_image_without_valid_patches_has_no_token():
         assert not (selection.chosen & ~valid).any()
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [{}, *({name: count} for name in ("visual_token_budget", "max_visual_tokens") for count in (1, 7, 29, 30))],
+    ids=str,
+)
+def test_an_image_is_chosen_from_as_alone_beside_a_larger_one(limits):
+    """As many patches as a budget asks for are all kept, each as itself, whatever the batch."""
+    visual, text, features, _ = draw(8)
+    alone = select_by_novelty(visual, features, text, **limits)
+    behind = torch.rand(2, 10, generator=torch.Generator().manual_seed(0)) * 9
+    valid = torch.arange(40).expand(2, -1) < 30
+    visual, text = (torch.cat([scores, behind], dim=1) for scores in (visual, text))
+    features = torch.cat([features, behind[:, :, None].expand(-1, -1, features.shape[2])], dim=1)
+    beside = select_by_novelty(visual, features, text, valid=valid, **limits)
+    assert torch.equal(beside.chosen_by_vision[:, :30], alone.chosen_by_vision)
+    assert torch.equal(beside.chosen_by_text[:, :30], alone.chosen_by_text)
+    assert torch.equal(beside.merges_remaining, alone.merges_remaining)
+    assert not beside.chosen[:, 30:].any()
+
+
 def test_the_highest_around_equals_a_loop():
     values = torch.rand(2, 2, 24, generator=torch.Generator().manual_seed(0))
     found = highest_around(6)(values)

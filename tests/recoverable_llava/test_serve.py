@@ -15,15 +15,18 @@ from pathlib import Path
 
 import fresh_process
 import pytest
+from batches import both_families
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.import_utils import is_serve_available
 
-from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor
+import recoverable_llava  # noqa: F401  (registers its classes)
 
 
 MAX_TOKENS = 6
 # The server is on this machine, whatever proxy the environment names.
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 pytestmark = [
+    both_families,
     pytest.mark.slow,
     pytest.mark.skipif(not is_serve_available(), reason="needs the extra of transformers: transformers[serving]"),
 ]
@@ -102,8 +105,8 @@ def ask(server, served_folder, picture, question, stream):
 @pytest.fixture(scope="module")
 def expected(repo_folder):
     """Picture, question and the answer with compression, which differs from the one without."""
-    model = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder)
-    processor = RecoverableLlavaProcessor.from_pretrained(repo_folder)
+    model = AutoModelForImageTextToText.from_pretrained(repo_folder)
+    processor = AutoProcessor.from_pretrained(repo_folder)
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     for picture, chat in zip(fresh_process.pictures(), fresh_process.chats()):
         inputs = processor.apply_chat_template(chat, **settings)

@@ -6,13 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from batches import GREEDY, PROMPTS, answers, batch_of, without_question
-from transformers import LlavaForConditionalGeneration
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from batches import GREEDY, PROMPTS, answers, batch_of, both_families, images_of, without_question
 
 from recoverable_llava.transformers_names import CACHE
 
 
+pytestmark = both_families
 IMAGE_FEATURES = "image_outputs" if CACHE == "cache" else "image_hidden_states"
 
 
@@ -80,13 +79,13 @@ def test_outputs_have_the_fields_of_stock(model, stock, processor, pictures, bud
     model.config.visual_token_budget = budget
     inputs = batch_of(processor, pictures, ["USER: <image> and <image>\nwhy ? ASSISTANT:", PROMPTS[0]])
     ours, theirs = model(**inputs), stock(**without_question(inputs))
-    assert type(ours) is LlavaCausalLMOutputWithPast and list(ours.keys()) == list(theirs.keys())
+    assert type(ours) is type(theirs) and list(ours.keys()) == list(theirs.keys())
     assert len(model(**inputs, return_dict=False)) == len(stock(**without_question(inputs), return_dict=False))
     features = features_of(ours)
     recovery = model.recover_tokens(**inputs)
     assert features.shape == (int(recovery.selection.num_tokens.sum()), 32)
     of_first = int(recovery.selection.num_tokens[0])
-    vision = model.get_vision_features(inputs["pixel_values"])
+    vision = model.get_vision_features(**images_of(inputs))
     torch.testing.assert_close(features[:of_first], model.model.project(vision, recovery.assembly)[0, :of_first])
     model.config.compress = False
     torch.testing.assert_close(features_of(model(**inputs)), features_of(theirs), rtol=0, atol=0)
@@ -146,21 +145,21 @@ def test_attentions_of_a_later_turn_count_the_original_tokens(model, processor, 
 @pytest.mark.parametrize("budget", [None, 9])
 def test_image_features_take_what_stock_takes(model, stock, processor, pictures, budget):
     model.config.visual_token_budget = budget
-    pixels = batch_of(processor, pictures)["pixel_values"]
-    ours, theirs = model.get_image_features(pixels), stock.get_image_features(pixels)
+    images = images_of(batch_of(processor, pictures))
+    ours, theirs = model.get_image_features(**images), stock.get_image_features(**images)
     assert type(ours) is type(theirs) and len(ours.pooler_output) == len(theirs.pooler_output)
     torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=0)
-    as_tuple = model.get_image_features(pixels, return_dict=False)
+    as_tuple = model.get_image_features(**images, return_dict=False)
     assert isinstance(as_tuple, tuple)
     for each in (model, stock):
         each.set_attn_implementation("eager")
     asked = {"output_hidden_states": True, "output_attentions": True}
-    ours, theirs = model.get_image_features(pixels, **asked), stock.get_image_features(pixels, **asked)
+    ours, theirs = model.get_image_features(**images, **asked), stock.get_image_features(**images, **asked)
     for name in ("hidden_states", "attentions"):
         assert len(getattr(ours, name)) == len(getattr(theirs, name))
         assert torch.equal(getattr(ours, name)[-1], getattr(theirs, name)[-1])
     model.config.return_dict = False
-    assert isinstance(model.get_image_features(pixels), tuple)
+    assert isinstance(model.get_image_features(**images), tuple)
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -170,7 +169,8 @@ def test_tuples_that_the_config_asks_for(model, stock, processor, pictures, comp
     model.config.return_dict = stock.config.return_dict = False
     ours, theirs = model.model(**inputs), stock.model(**without_question(inputs))
     assert isinstance(ours, tuple) and [type(entry) for entry in ours] == [type(entry) for entry in theirs]
-    features = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    # (The outer method of stock LLaVA-NeXT goes by the config whatever it is told.)
+    features = model.model.get_image_features(**images_of(inputs), return_dict=True)
     assert len(features.pooler_output) == len(inputs["pixel_values"])
 
 
@@ -178,8 +178,8 @@ def test_tuples_that_the_config_asks_for(model, stock, processor, pictures, comp
 def test_an_unknown_strategy_is_refused_as_in_stock(model, stock, processor, pictures, budget):
     model.config.visual_token_budget = budget
     inputs = batch_of(processor, pictures)
-    calls = [partial(each.get_image_features, inputs["pixel_values"]) for each in (model, stock)]
-    for call in [*calls, partial(model, **inputs), partial(model.get_vision_features, inputs["pixel_values"])]:
+    calls = [partial(each.get_image_features, **images_of(inputs)) for each in (model, stock)]
+    for call in [*calls, partial(model, **inputs), partial(model.get_vision_features, **images_of(inputs))]:
         with pytest.raises(ValueError, match=r"(?i)strategy.*first"):
             call(vision_feature_select_strategy="first")
 
@@ -234,27 +234,26 @@ def test_both_names_of_the_cache_are_taken(model, processor, pictures):
         model(input_ids=new, cache=cache, past_key_values=getattr(model(**inputs), CACHE))
 
 
-def test_arguments_stand_where_stock_has_them(model):
-    for name in ("forward", "generate"):
-        theirs = list(inspect.signature(getattr(LlavaForConditionalGeneration, name)).parameters)
-        ours = list(inspect.signature(getattr(type(model), name)).parameters)
-        positional = [each for each in theirs if each not in ("kwargs", "mm_encoder_outputs")][:6]
-        same_place = {"cache": "past_key_values"}
-        assert [same_place.get(each, each) for each in positional] == ours[: len(positional)], name
+def test_arguments_stand_where_stock_has_them(model, stock):
+    for ours, theirs in ((model, stock), (model.model, stock.model)):
+        for name in ("forward", "generate", "get_image_features"):
+            if hasattr(theirs, name):
+                places = list(inspect.signature(getattr(theirs, name)).parameters)
+                later = ("kwargs", "mm_encoder_outputs", "output_hidden_states")
+                positional = [each for each in places if each not in later][:7]
+                found = list(inspect.signature(getattr(ours, name)).parameters)[: len(positional)]
+                same = {"cache": "past_key_values"}
+                assert [same.get(each, each) for each in positional] == [same.get(each, each) for each in found], name
 
 
-def test_a_newer_transformers_is_said_to_be_untested_once(monkeypatch, caplog):
-    import transformers
-    from transformers.utils import logging
-
-    from recoverable_llava import transformers_names
-
-    logging.get_logger("transformers").propagate = True
-    transformers_names.logger.warning_once.cache_clear()
-    monkeypatch.setattr(transformers, "__version__", "5.23.1")
-    transformers_names.warn_if_untested()
-    assert not caplog.records
-    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
-    transformers_names.warn_if_untested()
-    transformers_names.warn_if_untested()
-    assert [("tested with transformers up to" in record.message) for record in caplog.records] == [True]
+def test_arguments_by_position(model, stock, processor, pictures):
+    inputs = batch_of(processor, pictures)
+    first = [name for name in inspect.signature(stock.forward).parameters if name in inputs]
+    assert first[:2] == ["input_ids", "pixel_values"] and {*first} == {*without_question(inputs)}
+    questions = {name: inputs[name] for name in inputs if name not in first}
+    expected = model(**inputs)
+    assert torch.equal(model(*(inputs[name] for name in first), **questions).logits, expected.logits)
+    inner = model.model(*(inputs[name] for name in first), **questions)
+    assert torch.equal(inner.last_hidden_state, model.model(**inputs).last_hidden_state)
+    with pytest.raises(TypeError, match="multiple values for .*pixel_values"):
+        model(*(inputs[name] for name in first), pixel_values=inputs["pixel_values"])

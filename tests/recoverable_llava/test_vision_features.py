@@ -5,9 +5,11 @@ import copy
 import pytest
 import tiny
 import torch
+from batches import both_families, images_of
 from torch import nn
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, LlavaForConditionalGeneration
 
+from recoverable_llava import recoverable_vision
 from recoverable_llava.tools.combine import combine
 
 
@@ -254,15 +256,47 @@ def test_half_precision_scores_are_float32(model, pixels):
     assert vision.visual_scores.dtype == vision.relevance_embeds.dtype == torch.float32
 
 
+# -------------------------------------------------------------------------------------------------- few images at once
+
+
+@both_families
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("images_at_once", [1, 2])
+@torch.no_grad()
+def test_images_are_selected_few_at_once_as_all(model, inputs, preset, images_at_once, monkeypatch):
+    """Three images, and tables of all pairs of patches for one or two of them at a time."""
+    model.config.use_preset(preset)
+    vision = model.get_vision_features(**images_of(inputs))
+    with_distance = model.model.with_distance(vision)
+    expected, logits = model.recover_tokens(**inputs), model(**inputs).logits
+    sizes, at_once = [], model.model.select_at_once
+
+    def watched(images, settings):
+        sizes.append(len(images.vision.patches))
+        return at_once(images, settings)
+
+    monkeypatch.setattr(model.model, "select_at_once", watched)
+    monkeypatch.setattr(recoverable_vision, "PAIRS_AT_ONCE", images_at_once * vision.patches.shape[1] ** 2 + 1)
+    rest = {name: inputs[name] for name in inputs if name not in images_of(inputs)}
+    for found in (model.recover_tokens(**inputs), model.recover_tokens(**rest, vision_features=with_distance)):
+        for part in ("selection", "assembly"):
+            for name, value in vars(getattr(expected, part)).items():
+                same = getattr(getattr(found, part), name)
+                assert value is same is None or torch.allclose(same.float(), value.float(), atol=1e-6), name
+    assert torch.allclose(model(**inputs).logits, logits, atol=1e-5)
+    assert sizes == [1, 1, 1] * 3 if images_at_once == 1 else sizes == [2, 1] * 3
+
+
 # ------------------------------------------------------------------------------------------------------ forward passes
 
 
+@both_families
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_autocast_leaves_the_choice_in_full_precision(model, inputs, preset, monkeypatch):
     """From the same features, autocast chooses the same patches; bfloat16 scores would not even rank them."""
     model.config.use_preset(preset)
     given = {
-        "vision_features": model.get_vision_features(inputs["pixel_values"]),
+        "vision_features": model.get_vision_features(**images_of(inputs)),
         "question_embeds": model.get_question_embeds(inputs["question_input_ids"]),
     }
     projected = model.model.project_patches(given["vision_features"])
@@ -298,6 +332,7 @@ def count_passes(model):
 ONCE = {"vision": 1, "patch embedding": 1, "question": 1, "projector": 2}
 
 
+@both_families
 @pytest.mark.parametrize("budget", [None, 7])
 def test_one_pass_of_each_tower_per_call(model, inputs, count_passes, budget):
     model.config.visual_token_budget = budget
@@ -312,11 +347,13 @@ def test_one_pass_of_each_tower_per_call(model, inputs, count_passes, budget):
         assert count_passes == ONCE, name
 
 
+@both_families
 def test_one_pass_of_each_tower_to_recover_tokens(model, inputs, count_passes):
     model.recover_tokens(**inputs)
     assert count_passes == {**ONCE, "projector": 1}
 
 
+@both_families
 def test_one_pass_of_each_tower_on_the_stock_road(model, processor, pictures, count_passes):
     model.config.visual_token_budget = processor.visual_token_budget = 7
     inputs = processor(images=pictures[0], text="USER: <image>\nwhy ? ASSISTANT:", return_tensors="pt")
@@ -324,18 +361,20 @@ def test_one_pass_of_each_tower_on_the_stock_road(model, processor, pictures, co
     assert count_passes == ONCE
 
 
+@both_families
 def test_the_projector_sees_the_kept_tokens_alone_in_the_paper(model, inputs):
     model.config.use_preset("paper")
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     model(**inputs)
     longest = int(model.recover_tokens(**inputs).selection.num_tokens.max())
-    assert seen[0][:2] == (3, longest) and longest < 36
+    assert seen[0][:2] == (3, longest) and longest < model.config.num_patches
 
 
+@both_families
 def test_reused_features_and_embeds_spare_the_towers(model, inputs, count_passes):
     expected = model(**inputs).logits
-    vision = model.get_vision_features(inputs["pixel_values"])
+    vision = model.get_vision_features(**images_of(inputs))
     embeds = model.get_question_embeds(inputs["question_input_ids"])
     count_passes.update(dict.fromkeys(count_passes, 0))
     rest = {name: inputs[name] for name in ("input_ids", "attention_mask", "question_attention_mask")}
@@ -344,17 +383,17 @@ def test_reused_features_and_embeds_spare_the_towers(model, inputs, count_passes
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_vision_tower_that_is_split_over_devices(repo_folder, tmp_path, processor, pictures):
+@both_families
+def test_a_vision_tower_that_is_split_over_devices(model, family, repo_folder, tmp_path, processor, pictures):
     """Layers whose weights lie on disk until they are called: what the recovery reads of them must call them, too."""
-    from recoverable_llava import RecoverableLlavaForConditionalGeneration
-
     inputs = processor(images=pictures[:1], text=["USER: <image>\nwhy ? ASSISTANT:"], return_tensors="pt")
-    whole = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder)
+    whole = type(model).from_pretrained(repo_folder)
     tower = "model.vision_tower"
     parts = ["model.language_model", "lm_head", "model.multi_modal_projector", "model.question_tower"]
     parts += ["model.visual_projection", f"{tower}.embeddings", f"{tower}.pre_layrnorm", f"{tower}.post_layernorm"]
+    parts += ["model.image_newline"] if family == "llava_next" else []
     layers = {f"{tower}.encoder.layers.{number}": "disk" if number else "cpu" for number in range(3)}
-    split = RecoverableLlavaForConditionalGeneration.from_pretrained(
+    split = type(model).from_pretrained(
         repo_folder, device_map={**dict.fromkeys(parts, "cpu"), **layers}, offload_folder=str(tmp_path)
     )
     assert split.model.vision_tower.encoder.layers[2].self_attn.k_proj.weight.device.type == "meta"

@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
-from batches import GREEDY, batch_of
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from batches import GREEDY, batch_of, both_families
+from tiny import FAMILIES
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaProcessor
+import recoverable_llava  # noqa: F401  (registers its classes)
 
 
 def forward(model, inputs, folder):
@@ -90,14 +91,15 @@ def one_row(pictures):
     return {"pictures": pictures, "prompts": ["USER: <image>\nwhat is the colour of the cat ? ASSISTANT:"]}
 
 
+@both_families
 @pytest.mark.parametrize("compress", [True, False], ids=["on", "off"])
 @pytest.mark.parametrize("call", CALLS, ids=[call.__name__ for call in CALLS])
-def test_no_warning_that_stock_does_not_give(call, compress, llava_folder, repo_folder, one_row, tmp_path):
-    stock = LlavaForConditionalGeneration.from_pretrained(llava_folder)
-    ours = RecoverableLlavaForConditionalGeneration.from_pretrained(repo_folder)
+def test_no_warning_that_stock_does_not_give(call, compress, family, llava_folder, repo_folder, one_row, tmp_path):
+    stock = FAMILIES[family][1].from_pretrained(llava_folder)
+    ours = AutoModelForImageTextToText.from_pretrained(repo_folder)
     ours.config.compress = compress
-    stock_inputs = batch_of(LlavaProcessor.from_pretrained(llava_folder), **one_row)
-    our_inputs = batch_of(RecoverableLlavaProcessor.from_pretrained(repo_folder), **one_row)
+    stock_inputs = batch_of(FAMILIES[family][2].from_pretrained(llava_folder), **one_row)
+    our_inputs = batch_of(AutoProcessor.from_pretrained(repo_folder), **one_row)
     by_stock = told(call, stock, stock_inputs, tmp_path / "stock")
     by_ours = told(call, ours, our_inputs, tmp_path / "ours")
     assert by_ours <= by_stock
@@ -112,3 +114,20 @@ def test_what_is_told_is_heard(llava_folder, tmp_path):
 
     for _ in range(2):
         assert told(call, None, None, tmp_path) == {"LlavaModel says so", "FutureWarning: or so"}
+
+
+def test_a_newer_transformers_is_said_to_be_untested_once(monkeypatch, caplog):
+    import transformers
+    from transformers.utils import logging
+
+    from recoverable_llava import transformers_names
+
+    logging.get_logger("transformers").propagate = True
+    transformers_names.logger.warning_once.cache_clear()
+    monkeypatch.setattr(transformers, "__version__", "5.23.1")
+    transformers_names.warn_if_untested()
+    assert not caplog.records
+    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    transformers_names.warn_if_untested()
+    transformers_names.warn_if_untested()
+    assert [("tested with transformers up to" in record.message) for record in caplog.records] == [True]
