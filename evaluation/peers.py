@@ -25,7 +25,7 @@ from recoverable_llava.token_assembly import Assembly, first_true
 
 SelectionRule = Callable[[Any, int | None], Assembly]
 # Of the patches that a greedy rule looks at before each pick.
-LOOKED_AT = 32
+LOOKED_AT = 64
 
 
 class Greedy:
