@@ -109,7 +109,7 @@ def make_table(examples: list[Example], outcomes: list[Outcome], reference: str 
                 accuracy[name] = interval(mean_over_kinds(accuracies))
                 by_kind[name] = interval(mean_over_kinds(ratios))
         known = np.isfinite(objects)
-        varies = outcome.budget is None and known.any() and outcome.num_tokens[known].std() > 0
+        varies = is_adaptive and known.any() and outcome.num_tokens[known].std() > 0
         rows.append(
             Row(
                 method=outcome.method,
