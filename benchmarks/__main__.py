@@ -1,6 +1,6 @@
 """`python -m benchmarks --out DIR`: every figure of docs/performance.md, in one run on one GPU.
 
-LLaVA-NeXT in a run of its own: `python -m benchmarks --shapes NeXT-7B --minutes 2.4 --out DIR`.
+LLaVA-NeXT in a run of its own: `python -m benchmarks --shapes NeXT-7B --minutes 2.2 --out DIR`.
 
 Writes rows.jsonl as it goes, results.json, results.csv and table.md after every step, and table.png at the end.
 """

@@ -557,6 +557,7 @@ def largest_batch_at_once(bench: Bench, start: int, method: str) -> Iterator[Row
             continue
         yield bench.row(int(share * guess), method, "eager", "largest_batch_first_token", int(share * guess))
         return
+    bench.left_out.append(f"{bench.shape.name}: no batch of {method} near the estimate of {guess:.0f} fits into memory")
 
 
 # ------------------------------------------------------------------------------------------------------------ profile

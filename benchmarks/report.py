@@ -135,9 +135,11 @@ def bars(results: Results, shape: str) -> list[tuple[str, float | None, str, boo
 
 
 def table(results: Results, facts: dict[str, Any]) -> str:
+    is_tiled = all(SHAPES[shape].is_tiled for shape in results.shapes)
+    how = "medians" if is_tiled else f"budget {facts['budget']}, median of {facts['repeats']} or more"
     parts = [
         f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}, "
-        f"{facts['date']}; 64 text tokens a prompt, budget {facts['budget']}, median of {facts['repeats']} or more.",
+        f"{facts['date']}; 64 text tokens a prompt, {how}.",
     ]
     for shape in results.shapes:
         rows = [row for row in results.rows if row["shape"] == shape]
