@@ -1,6 +1,8 @@
 """`python -m benchmarks --out DIR`: every figure of docs/performance.md, in one run on one GPU.
 
-Writes rows.jsonl as it goes, then results.json, results.csv, table.md and table.png.
+LLaVA-NeXT in a run of its own: `python -m benchmarks --shapes NeXT-7B --minutes 2.2 --out DIR`.
+
+Writes rows.jsonl as it goes, results.json, results.csv and table.md after every step, and table.png at the end.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import transformers
 from . import plan
 from .measure import release
 from .models import SHAPES, build
-from .report import write_report
+from .report import write_report, write_tables
 
 
 def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_compile: bool) -> list[tuple]:
@@ -30,6 +32,8 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
             partial(measure, bench, batch, *method) for batch in batches for method in ([(m,) for m in methods] or [()])
         ]
 
+    if bench.shape.is_tiled:
+        return tiled_steps(bench, descending)
     first_token = ("first token", 12, each(plan.first_tokens, descending))
     eager = ("eager", 20, each(plan.eager, descending, plan.METHODS))
     largest_batch = ("largest batch", 40, each(plan.largest_batch, (16,), ("stock", "adaptive", "fixed")))
@@ -59,6 +63,30 @@ def steps(bench: plan.Bench, batch_sizes: tuple[int, ...], thorough: bool, with_
             ("switch", 120, each(plan.switched, batch_sizes[:1], two)),
         ]
     return listed
+
+
+def tiled_steps(bench: plan.Bench, descending: tuple[int, ...]) -> list[tuple]:
+    """Of a model whose prompts are thousands of tokens long: a step for each batch, as each takes long."""
+    seconds, rounds = {1: 4, 8: 10, 32: 23}, {1: 4, 8: 3}
+    answer_seconds = {(1, 32): 5, (8, 32): 8, (32, 32): 17, (1, 128): 14, (8, 128): 15, (32, 128): 25}
+
+    def first(batch: int) -> tuple:
+        case = partial(plan.first_tokens_between, bench, batch, rounds.get(batch, 1))
+        return f"first token, batch {batch}", seconds.get(batch, batch + 4), [case]
+
+    def answers(batch: int, new_tokens: int) -> tuple:
+        case = partial(plan.answers_between, bench, batch, new_tokens, again=new_tokens == 32)
+        return f"{new_tokens} tokens, batch {batch}", answer_seconds.get((batch, new_tokens), batch + 20), [case]
+
+    largest = [partial(plan.largest_batch_at_once, bench, 8, m) for m in ("stock", *bench.our_methods[:-1])]
+    return [
+        *(first(batch) for batch in descending),
+        ("selection", 4, [partial(plan.selection, bench, batch) for batch in descending]),
+        *(answers(batch, 32) for batch in sorted(descending, key=lambda batch: batch != 8)),
+        *(answers(batch, 128) for batch in descending if batch == 8),
+        ("largest batch", 20, largest),
+        *(answers(batch, 128) for batch in descending if batch != 8),
+    ]
 
 
 def chosen(listed: list[tuple], names: list[str]) -> list[tuple]:
@@ -106,9 +134,8 @@ def main() -> None:
                 facts["left_out"].append(name)
                 continue
             models = build(SHAPES[name], device, dtype)
-            bench = plan.Bench(
-                SHAPES[name], models, device, dtype, arguments.budget, arguments.repeats if not index else 3
-            )
+            repeats = arguments.repeats if not index else 3
+            bench = plan.Bench(SHAPES[name], models, device, dtype, arguments.budget, repeats, facts["left_out"])
             print(f"{name} built after {time.monotonic() - started:.0f} s", flush=True)
             listed = steps(bench, tuple(arguments.batch_sizes), index == 0, arguments.compile)
             if arguments.steps is not None:
@@ -129,6 +156,7 @@ def main() -> None:
                         facts["left_out"].append(f"{name}: {title} {case.args[1:]} failed: {problem}")
                         print(traceback.format_exc(), flush=True)
                     release()
+                write_tables(arguments.out, rows, facts)
                 print(f"{name} {title}: {time.monotonic() - begin:.1f} s", flush=True)
             del models, bench, listed
             release()

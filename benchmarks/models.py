@@ -1,11 +1,11 @@
-"""Models of full LLaVA-1.5 size with random weights, made on the GPU, and inputs for them.
+"""Models of full LLaVA-1.5 and LLaVA-NeXT size with random weights, made on the GPU, and inputs for them.
 
 Speed does not depend on the weights, with one exception: how many tokens adaptive mode keeps. Random weights have no
 attention that stands out, so the model computes its own scores as ever and goes on with drawn ones (`DrawnModel`).
 
 All methods share one set of weights:
 
-    stock      transformers' LLaVA, all N patches;
+    stock      transformers' LLaVA, all N patches (in tiles also the new lines);
     ours       adaptive, and with a fixed budget;
     bound      stock LLaVA that is told for free which K patches to keep: no selector can be faster.
 """
@@ -14,16 +14,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+)
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from recoverable_llava import (
     RecoverableLlavaConfig,
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
+    RecoverableLlavaNextConfig,
+    RecoverableLlavaNextForConditionalGeneration,
+    RecoverableLlavaNextModel,
     VisionFeatures,
 )
-from recoverable_llava.recoverable_vision import ScoredImages
+from recoverable_llava.image_tiles import ImageTiles
+from recoverable_llava.recoverable_vision import RecoverableVisionMixin, ScoredImages
 
 
 IMAGE_TOKEN = 32000
@@ -32,7 +46,12 @@ MEAN_TOKENS = 58  # what the paper keeps of 576 on average
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; the towers are CLIP ViT-L/14-336's unless said otherwise."""
+    """Sizes of a model; the towers are CLIP ViT-L/14-336's unless said otherwise.
+
+    mean_tokens: what adaptive mode is made to keep on average.
+    budgets: of the fixed mode, where it is measured with more than one.
+    is_tiled: LLaVA-NeXT, with pictures of two by two tiles; else LLaVA-1.5.
+    """
 
     name: str
     hidden_size: int
@@ -45,10 +64,34 @@ class Shape:
     question_width: int = 768
     image_size: int = 336
     lof_neighbors: int = 20
+    mean_tokens: int = MEAN_TOKENS
+    budgets: tuple[int, ...] = ()
+    is_tiled: bool = False
+
+    @property
+    def tiles(self) -> ImageTiles:
+        """Of the picture that a tiled model gets: two by two and the base tile, without padding."""
+        size = (2 * self.image_size, 2 * self.image_size)
+        return ImageTiles.of(size, self.pinpoints, self.image_size, self.image_size // 14)
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        one, two, three = (self.image_size * tiles for tiles in (1, 2, 3))
+        return [[one, two], [two, one], [two, two], [three, one], [one, three]]
 
     @property
     def num_patches(self) -> int:
-        return (self.image_size // 14) ** 2
+        return self.tiles.num_patches if self.is_tiled else (self.image_size // 14) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholders of an image in a stock prompt."""
+        return self.tiles.num_tokens if self.is_tiled else self.num_patches
+
+    @property
+    def num_drawn(self) -> int:
+        """Images that are drawn, which larger batches repeat: a tiled one holds five times as many patches."""
+        return 8 if self.is_tiled else 64
 
 
 SHAPES = {
@@ -56,7 +99,11 @@ SHAPES = {
     for shape in (
         Shape("7B", 4096, 11008, 32, 32),
         Shape("13B", 5120, 13824, 40, 40),
-        Shape("tiny", 64, 128, 2, 4, 2, 32, 2, 32, image_size=112, lof_neighbors=8),  # for the tests
+        # The language model is Vicuna-7B's, whose every head has keys of its own.
+        Shape("NeXT-7B", 4096, 11008, 32, 32, mean_tokens=320, budgets=(320, 160), is_tiled=True),
+        # For the tests.
+        Shape("tiny", 64, 128, 2, 4, 2, 32, 2, 32, 112, 8, mean_tokens=16),
+        Shape("tiny-NeXT", 64, 128, 2, 4, 2, 32, 2, 32, 112, 8, 20, budgets=(20, 9), is_tiled=True),
     )
 }
 
@@ -108,7 +155,7 @@ def draw(num_images: int, num_patches: int, channels: int, mean_tokens: int = ME
     return Drawn(visual, text, patches)
 
 
-class DrawnModel(RecoverableLlavaModel):
+class DrawnMixin(RecoverableVisionMixin):
     """Computes attention, relevance and features as ever, then chooses by drawn ones."""
 
     drawn: Drawn | None = None
@@ -127,11 +174,23 @@ class DrawnModel(RecoverableLlavaModel):
         return replace(images, text_scores=self.drawn.first(len(images.text_scores)).text_scores)
 
 
+class DrawnModel(DrawnMixin, RecoverableLlavaModel):
+    pass
+
+
 class OurLlava(RecoverableLlavaForConditionalGeneration):
     model_class = DrawnModel
 
 
-class StockModel(LlavaModel):
+class DrawnNextModel(DrawnMixin, RecoverableLlavaNextModel):
+    pass
+
+
+class OurLlavaNext(RecoverableLlavaNextForConditionalGeneration):
+    model_class = DrawnNextModel
+
+
+class CapturableMixin(nn.Module):
     """Stock, but without the check that placeholders match features while a CUDA graph is captured."""
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> torch.Tensor:
@@ -141,16 +200,34 @@ class StockModel(LlavaModel):
         return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
 
-class BoundModel(StockModel):
+class BoundMixin(CapturableMixin):
     """Stock, with the first `num_tokens` patches of every image: the vision tower and a short prompt, no selection."""
 
     num_tokens = MEAN_TOKENS
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        outputs = self.vision_tower(pixel_values, output_hidden_states=True)
-        features = outputs.hidden_states[self.config.vision_config.num_hidden_layers - 1]
-        outputs.pooler_output = list(self.multi_modal_projector(features[:, 1 : 1 + self.num_tokens]))
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tiles = pixel_values.flatten(0, -4)  # [all tiles, 3, H, W]
+        outputs = self.vision_tower(tiles, output_hidden_states=True)
+        features = outputs.hidden_states[self.config.vision_config.num_hidden_layers - 1][:, 1:]
+        patches = features.reshape(len(pixel_values), -1, features.shape[-1])
+        outputs.pooler_output = list(self.multi_modal_projector(patches[:, : self.num_tokens]))
         return outputs
+
+
+class StockModel(CapturableMixin, LlavaModel):
+    pass
+
+
+class BoundModel(BoundMixin, LlavaModel):
+    pass
+
+
+class StockNextModel(CapturableMixin, LlavaNextModel):
+    pass
+
+
+class BoundNextModel(BoundMixin, LlavaNextModel):
+    pass
 
 
 class StockLlava(LlavaForConditionalGeneration):
@@ -165,11 +242,23 @@ class BoundLlava(StockLlava):
     model_class = BoundModel
 
 
+class StockLlavaNext(LlavaNextForConditionalGeneration):
+    model_class = StockNextModel
+
+    def __init__(self, config: LlavaNextConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+
+
+class BoundLlavaNext(StockLlavaNext):
+    model_class = BoundNextModel
+
+
 @dataclass
 class Models:
-    ours: OurLlava
-    stock: StockLlava
-    bound: BoundLlava
+    ours: Any
+    stock: Any
+    bound: Any
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
@@ -200,30 +289,38 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
         vocab_size=32064,
     )
     settings = {"vision_config": vision.to_dict(), "text_config": language.to_dict(), "image_token_index": IMAGE_TOKEN}
-    config = RecoverableLlavaConfig(
+    if shape.is_tiled:
+        settings["image_grid_pinpoints"] = shape.pinpoints
+        our_config, stock_config = RecoverableLlavaNextConfig, LlavaNextConfig
+        our_class, stock_class, bound_class = OurLlavaNext, StockLlavaNext, BoundLlavaNext
+    else:
+        our_config, stock_config = RecoverableLlavaConfig, LlavaConfig
+        our_class, stock_class, bound_class = OurLlava, StockLlava, BoundLlava
+    config = our_config(
         **settings,
         question_config=question.to_dict(),
         visual_lof_neighbors=shape.lof_neighbors,
         text_lof_neighbors=shape.lof_neighbors,
     )
     with torch.device(device):
-        ours = OurLlava._from_config(config, dtype=dtype).eval()
-    drawn = draw(64, shape.num_patches, shape.tower_width, min(MEAN_TOKENS, shape.num_patches // 4))
+        ours = our_class._from_config(config, dtype=dtype).eval()
+    drawn = draw(shape.num_drawn, shape.num_patches, shape.tower_width, shape.mean_tokens)
     ours.model.drawn = Drawn(
         drawn.visual_scores.to(device), drawn.text_scores.to(device), drawn.patches.to(device, dtype)
     )
     with torch.device("meta"):
-        stock = StockLlava._from_config(LlavaConfig(**settings), dtype=dtype)
-        bound = BoundLlava._from_config(LlavaConfig(**settings), dtype=dtype)
+        stock = stock_class._from_config(stock_config(**settings), dtype=dtype)
+        bound = bound_class._from_config(stock_config(**settings), dtype=dtype)
+    shared = ("vision_tower", "multi_modal_projector", "language_model") + ("image_newline",) * shape.is_tiled
     for other in (stock, bound):
-        for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        for name in shared:
             setattr(other.model, name, getattr(ours.model, name))
         other.lm_head = ours.lm_head
         other.eval()
     for model in (ours, stock, bound):
         model.generation_config.pad_token_id = 0
         model.generation_config.eos_token_id = None
-    bound.model.num_tokens = min(MEAN_TOKENS, shape.num_patches // 4)
+    bound.model.num_tokens = shape.mean_tokens
     return Models(ours, stock, bound)
 
 
@@ -240,8 +337,10 @@ def make_inputs(
     input_ids = torch.cat([integers(3, 30000, 4), image, integers(3, 30000, num_text - 4)], dim=1)
     questions = integers(1000, 40000, 77)
     questions[:, 16:] = 49407  # end of text, and padding
-    pixels = torch.randn(batch_size, 3, shape.image_size, shape.image_size, generator=generator, device=device)
-    return {
+    side, tiles = shape.image_size, (shape.tiles.num_tiles,) if shape.is_tiled else ()
+    pixels = torch.randn(batch_size, *tiles, 3, side, side, generator=generator, device=device)
+    sizes = {"image_sizes": torch.full((batch_size, 2), 2 * side, device=device)} if shape.is_tiled else {}
+    return sizes | {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": pixels.to(dtype),

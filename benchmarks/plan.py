@@ -6,23 +6,25 @@ Quantities end in their unit: `_ms`, `_bytes`, `_per_s`, or none for counts.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
 
 from recoverable_llava.local_outlier_factor import local_outlier_factor
 from recoverable_llava.novelty_selection import cosine_distance, highest_around, select_by_novelty
 from recoverable_llava.paper_selection import select_by_outliers
+from recoverable_llava.selection import Selection
 from recoverable_llava.token_assembly import assemble_tokens, gather_tokens
 from recoverable_llava.transformers_names import CACHE, cache_of
 
 from . import paper_release
 from .measure import Captured, cache_bytes, milliseconds, peak_bytes, release
-from .models import MEAN_TOKENS, Drawn, Models, Shape, draw, make_inputs, without_question
+from .models import Drawn, Models, Shape, draw, make_inputs, without_question
 
 
 Row = dict[str, Any]
@@ -40,6 +42,7 @@ class Bench:
     dtype: torch.dtype
     budget: int
     repeats: int = 5
+    left_out: list[str] = field(default_factory=list)  # what did not fit into memory
 
     def row(self, batch_size: int, method: str, mode: str, quantity: str, value: float) -> Row:
         return {
@@ -54,13 +57,23 @@ class Bench:
     def prepare(self, method: str, batch_size: int) -> tuple[Any, dict[str, torch.Tensor]]:
         """The model of a method, set to it, and its inputs."""
         models = self.models
-        if method in ("adaptive", "fixed"):
-            models.ours.config.visual_token_budget = self.budget if method == "fixed" else None
-            placeholders = self.budget if method == "fixed" else self.shape.num_patches
+        if method.startswith(("adaptive", "fixed")):
+            budget = None if method == "adaptive" else self.budget_of(method)
+            models.ours.config.visual_token_budget = budget
+            placeholders = self.shape.num_tokens if budget is None else budget
             return models.ours, make_inputs(self.shape, batch_size, placeholders, self.device, self.dtype)
         model = models.stock if method == "stock" else models.bound
-        placeholders = self.shape.num_patches if method == "stock" else models.bound.model.num_tokens
+        placeholders = self.shape.num_tokens if method == "stock" else models.bound.model.num_tokens
         return model, without_question(make_inputs(self.shape, batch_size, placeholders, self.device, self.dtype))
+
+    def budget_of(self, method: str) -> int:
+        """Of "fixed", or of a method with its own, like "fixed 320"."""
+        return int(method.removeprefix("fixed") or self.budget)
+
+    @property
+    def our_methods(self) -> list[str]:
+        """Where the fixed mode is measured with several budgets: each of them, and the adaptive mode."""
+        return [*(f"fixed {budget}" for budget in self.shape.budgets), "adaptive"]
 
     def first_token(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """From pixels and ids on the device to the first answer token, and the KV cache."""
@@ -123,7 +136,7 @@ def choose(scored: Scored, budget: int | None, neighbors: int, is_paper: bool = 
 
 
 def draw_scored(bench: Bench, batch_size: int, num_patches: int) -> Scored:
-    mean = min(MEAN_TOKENS, num_patches // 4)
+    mean = min(bench.shape.mean_tokens, num_patches // 4)
     drawn = draw(min(batch_size, 8), num_patches, bench.shape.tower_width, mean)
     drawn = Drawn(
         drawn.visual_scores.to(bench.device),
@@ -427,6 +440,127 @@ def largest_that_fits(bench: Bench, start: int, method: str, new_tokens: int) ->
     if fits == start:
         raise RuntimeError(f"Not even a batch above {start} fits: something else holds the device's memory.")
     return fits
+
+
+# ----------------------------------------------------------------------------------------- pictures of several tiles
+
+
+def first_tokens_between(bench: Bench, batch_size: int, rounds: int) -> Iterator[Row]:
+    """First tokens of ours, twice, between two of stock, in every round, with their spread; memory before these."""
+    times: dict[str, list[float]] = {}
+    methods = ["stock", *bench.our_methods]
+    for method in list(methods):
+        try:
+            yield from memory(bench, batch_size, method)
+        except torch.OutOfMemoryError:
+            methods.remove(method)
+            bench.left_out.append(f"{bench.shape.name}: batch {batch_size} of {method} does not fit into memory")
+        release()
+    has_stock, ours = "stock" in methods, [method for method in methods if method != "stock"]
+    for _ in range(rounds):
+        for place, method in enumerate([*["stock"] * has_stock, *ours, *ours, *["stock"] * has_stock]):
+            model, inputs = bench.prepare(method, batch_size)
+            time = milliseconds(partial(bench.first_token, model, inputs), repeats=1, warm_up=0)
+            times.setdefault(method, []).append(time)
+            if method == "stock":
+                times.setdefault("stock, before" if place == 0 else "stock, after", []).append(time)
+    for method, values in times.items():
+        yield bench.row(batch_size, method, "eager", "first_token_ms", median(values))
+        yield bench.row(batch_size, method, "eager", "first_token_low_ms", min(values))
+        yield bench.row(batch_size, method, "eager", "first_token_high_ms", max(values))
+
+
+def memory(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:
+    """Peaks of a first token and of the prefill alone, the KV cache, and how many tokens adaptive mode keeps."""
+    model, inputs = bench.prepare(method, batch_size)
+    caches: list[Any] = []
+    peak = peak_bytes(lambda: caches.append(bench.first_token(model, inputs)[1]))
+    cache = caches.pop()
+    length = cache.get_seq_length()
+    yield bench.row(batch_size, method, "eager", "first_token_peak_bytes", peak)
+    yield bench.row(batch_size, method, "eager", "prompt_length", length)
+    yield bench.row(batch_size, method, "eager", "cache_bytes", cache_bytes(cache))
+    del cache
+    mask = torch.ones(batch_size, length, dtype=torch.long, device=bench.device)
+    if method == "adaptive":
+        counts = model.recover_tokens(**inputs).selection.num_tokens
+        yield bench.row(batch_size, method, "eager", "mean_visual_tokens", counts.float().mean().item())
+        mask = (torch.arange(length, device=bench.device) >= (counts.max() - counts)[:, None]).long()
+    embeds = bench.random_embeds(batch_size, length)
+    peak = peak_bytes(lambda: bench.prefill(embeds, mask))
+    yield bench.row(batch_size, method, "eager", "prefill_peak_bytes", peak)
+
+
+def selection(bench: Bench, batch_size: int) -> Iterator[Row]:
+    """From vision features and questions to what each token is made of, as the model does it; and the text tower."""
+    for method in bench.our_methods:
+        model, inputs = bench.prepare(method, batch_size)
+        sizes = {name: value for name, value in inputs.items() if name == "image_sizes"}
+        vision = model.get_vision_features(inputs["pixel_values"], **sizes)
+        questions = model.model.embed_questions(batch_size, inputs["question_input_ids"])
+        settings = model.config.recovery_settings()
+        counts = None if settings.visual_token_budget else largest_counts
+        choose_all = partial(model.model.recover, vision, questions, settings, counts)
+        time = milliseconds(choose_all, bench.repeats, warm_up=1)
+        yield bench.row(batch_size, method, "eager", "selection_ms", time)
+    time = milliseconds(lambda: model.get_question_embeds(inputs["question_input_ids"]), bench.repeats)
+    yield bench.row(batch_size, "adaptive", "eager", "question_tower_ms", time)
+
+
+def largest_counts(selected: Selection) -> tuple[int, int]:
+    """The adaptive mode's one copy to the host."""
+    num_tokens, num_merged = torch.stack([selected.num_tokens.max(), selected.num_merged.max()]).tolist()
+    return num_tokens, num_merged
+
+
+def answers_between(bench: Bench, batch_size: int, new_tokens: int, again: bool) -> Iterator[Row]:
+    """Whole answers by `generate`, of ours behind stock; with `again`, stock a second time.
+
+    Not with cuDNN's attention, which plans each new length of the cache for some 0.1 s: a second answer of the same
+    lengths would not pay that, but there is no time for one.
+    """
+    times: dict[str, list[float]] = {}
+
+    def generate(method: str, count: int) -> Any:
+        model, inputs = bench.prepare(method, batch_size)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return model.generate(**inputs, max_new_tokens=count, do_sample=False)
+
+    generate("adaptive", 2)  # so that the first that counts does not load the kernels
+    for method in ["stock", *bench.our_methods, *["stock"] * again]:
+        try:
+            time = milliseconds(partial(generate, method, new_tokens), repeats=1, warm_up=0)
+            times.setdefault(method, []).append(time)
+        except torch.OutOfMemoryError:
+            bench.left_out.append(
+                f"{bench.shape.name}: answers of {method}, batch {batch_size}, do not fit into memory"
+            )
+        release()
+    for method, values in times.items():
+        yield bench.row(batch_size, method, "eager", f"answer_{new_tokens}_ms", median(values))
+        if len(values) > 1:
+            yield bench.row(batch_size, method, "eager", f"answer_{new_tokens}_low_ms", min(values))
+            yield bench.row(batch_size, method, "eager", f"answer_{new_tokens}_high_ms", max(values))
+
+
+def largest_batch_at_once(bench: Bench, start: int, method: str) -> Iterator[Row]:
+    """A batch whose first token fits, at most a tenth below the largest: from an estimate, as a try takes seconds."""
+    if not torch.cuda.is_available():
+        return
+    free = torch.cuda.get_device_properties(0).total_memory - torch.cuda.memory_allocated()
+    guess = free * start / bytes_needed(bench, start, method, 0)
+    for share in (0.95, 0.87, 0.8):
+        release()
+        try:
+            bytes_needed(bench, int(share * guess), method, 0)
+        except torch.OutOfMemoryError:
+            continue
+        yield bench.row(int(share * guess), method, "eager", "largest_batch_first_token", int(share * guess))
+        return
+    bench.left_out.append(f"{bench.shape.name}: no batch of {method} near the estimate of {guess:.0f} fits into memory")
+
+
+# ------------------------------------------------------------------------------------------------------------ profile
 
 
 def launches(bench: Bench, batch_size: int, method: str) -> Iterator[Row]:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .models import SHAPES
+
 
 Row = dict[str, Any]
 NAMES = {
@@ -23,6 +25,13 @@ CALLS = {
     "prefill_ms": ("prefill, ms", 1.0),
     "decode_step_ms": ("decode step, ms", 1.0),
     "tokens_per_s": ("tokens/s over 128", 1.0),
+    "first_token_low_ms": ("lowest", 1.0),
+    "first_token_high_ms": ("highest", 1.0),
+    "answer_32_ms": ("32 tokens, ms", 1.0),
+    "answer_32_low_ms": ("lowest", 1.0),
+    "answer_32_high_ms": ("highest", 1.0),
+    "answer_128_ms": ("128 tokens, ms", 1.0),
+    "mean_visual_tokens": ("visual tokens, mean", 1.0),
     "first_token_peak_bytes": ("peak, GB", 1e9),
     "prefill_peak_bytes": ("prefill peak, GB", 1e9),
     "cache_bytes": ("KV cache, GB", 1e9),
@@ -44,6 +53,24 @@ class Results:
     def largest_batch(self, shape: str, method: str, quantity: str) -> float | None:
         found = [r["value"] for r in self.rows if (r["shape"], r["method"], r["quantity"]) == (shape, method, quantity)]
         return found[0] if found else None
+
+
+def names_of(results: Results, shape: str) -> dict[tuple[str, str], str]:
+    """What the methods and modes of a shape are called: those of all shapes, and its own."""
+    found = dict.fromkeys((row["method"], row["mode"]) for row in results.rows if row["shape"] == shape)
+    own = [case for case in found if case not in NAMES and case[0].startswith(("fixed ", "stock, "))]
+    return NAMES | {case: case[0] if case[0].startswith("stock") else f"ours, {case[0]}" for case in own}
+
+
+def selection_shares(results: Results, shape: str) -> list[tuple[str, int, float]]:
+    """(method, batch, percent of stock's first token) of every selection that was timed."""
+    listed = []
+    for row in results.rows:
+        if row["shape"] == shape and row["quantity"] == "selection_ms":
+            stock = results.get(shape, row["batch"], "stock", "eager", "first_token_ms")
+            if stock:
+                listed.append((row["method"], row["batch"], 100 * row["value"] / stock))
+    return listed
 
 
 def bars(results: Results, shape: str) -> list[tuple[str, float | None, str, bool | None]]:
@@ -108,22 +135,26 @@ def bars(results: Results, shape: str) -> list[tuple[str, float | None, str, boo
 
 
 def table(results: Results, facts: dict[str, Any]) -> str:
+    is_tiled = all(SHAPES[shape].is_tiled for shape in results.shapes)
+    how = "medians" if is_tiled else f"budget {facts['budget']}, median of {facts['repeats']} or more"
     parts = [
         f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}, "
-        f"{facts['date']}; 64 text tokens a prompt, budget {facts['budget']}, median of {facts['repeats']} or more.",
+        f"{facts['date']}; 64 text tokens a prompt, {how}.",
     ]
     for shape in results.shapes:
         rows = [row for row in results.rows if row["shape"] == shape]
         batches = sorted({row["batch"] for row in rows if row["quantity"] == "first_token_ms"})
         for batch in batches:
             stock = results.get(shape, batch, "stock", "eager", "first_token_ms")
+            measured_here = {row["quantity"] for row in rows if row["batch"] == batch}
+            calls = {quantity: call for quantity, call in CALLS.items() if quantity in measured_here}
             lines = [f"### {shape}, batch {batch}", ""]
-            lines.append("| | " + " | ".join(title for title, _ in CALLS.values()) + " | stock eager / this |")
-            lines.append("|---" * (len(CALLS) + 2) + "|")
-            for (method, mode), name in NAMES.items():
-                values = [results.get(shape, batch, method, mode, quantity) for quantity in CALLS]
+            lines.append("| | " + " | ".join(title for title, _ in calls.values()) + " | stock eager / this |")
+            lines.append("|---" * (len(calls) + 2) + "|")
+            for (method, mode), name in names_of(results, shape).items():
+                values = [results.get(shape, batch, method, mode, quantity) for quantity in calls]
                 if any(value is not None for value in values):
-                    cells = [_number(v, scale) for v, (_, scale) in zip(values, CALLS.values())]
+                    cells = [_number(v, scale) for v, (_, scale) in zip(values, calls.values())]
                     ratio = f"{stock / values[0]:.2f} ×" if stock and values[0] else ""
                     lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
             parts.append("\n".join(lines))
@@ -134,8 +165,10 @@ def table(results: Results, facts: dict[str, Any]) -> str:
                 value = _number(row["value"], 1.0)
                 lines.append(f"| {row['quantity']} | {row['method']} | {row['mode']} | {row['batch']} | {value} |")
             parts.append("\n".join(lines))
+        for method, batch, share in selection_shares(results, shape):
+            parts.append(f"Selection, {method}, batch {batch}: {share:.2f} % of stock's first token.")
         measured = [bar for bar in bars(results, shape) if bar[1] is not None]
-        if measured:
+        if measured and not SHAPES[shape].is_tiled:
             lines = [f"### {shape}, bars", "", "| | measured | bar | |", "|---|---|---|---|"]
             for what, value, bar, met in measured:
                 lines.append(f"| {what} | {value:.3g} | {bar} | {'met' if met else 'missed'} |")
@@ -158,7 +191,6 @@ def draw(results: Results, facts: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = [case for case in NAMES if any((row["method"], row["mode"]) == case for row in results.rows)]
     figure, axes = pyplot.subplots(len(results.shapes), 3, figsize=(13, 3.6 * len(results.shapes)), squeeze=False)
     for shape, row_of_axes in zip(results.shapes, axes):
         batches = sorted(
@@ -166,8 +198,8 @@ def draw(results: Results, facts: dict[str, Any], path: Path) -> None:
         )[:3]
         for batch, axis in zip(batches, row_of_axes):
             known = [
-                (NAMES[case], value)
-                for case in cases
+                (name, value)
+                for case, name in names_of(results, shape).items()
                 if (value := results.get(shape, batch, *case, "first_token_ms")) is not None
             ]
             colours = ["#888888" if "stock" in n else "#c9c9c9" if "bound" in n else "#2a6fb0" for n, _ in known]
@@ -186,14 +218,16 @@ def draw(results: Results, facts: dict[str, Any], path: Path) -> None:
 
 
 def write_report(folder: Path, rows: list[Row], facts: dict[str, Any]) -> None:
-    results = Results(rows)
+    write_tables(folder, rows, facts)
+    if rows:
+        draw(Results(rows), facts, folder / "table.png")
+    print((folder / "table.md").read_text())
+
+
+def write_tables(folder: Path, rows: list[Row], facts: dict[str, Any]) -> None:
     (folder / "results.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["shape", "batch", "method", "mode", "quantity", "value"])
         writer.writeheader()
         writer.writerows(rows)
-    text = table(results, facts)
-    (folder / "table.md").write_text(text)
-    if rows:
-        draw(results, facts, folder / "table.png")
-    print(text)
+    (folder / "table.md").write_text(table(Results(rows), facts))

@@ -9,7 +9,9 @@ cache beside those with the full history, which is compressed anew for the secon
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
-from evaluation.compared_model import ComparedLlava
+from evaluation.compared_model import load_compared
 from evaluation.examples import SECOND_TURN, Example, is_correct, load_examples
 from evaluation.methods import METHODS, find_methods
 from evaluation.runner import Batches, PreparedBatch, Run, constant_ids, conversation, plan_runs
 from evaluation.statistics import wilson
-from recoverable_llava import RecoverableLlavaProcessor
 from recoverable_llava.transformers_names import CACHE, cache_of
 
 
 @torch.no_grad()
 def answer_on_returned_cache(
-    model: ComparedLlava,
-    processor: RecoverableLlavaProcessor,
-    images: list[Image.Image],
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
     example: Example,
     runs: list[Run],
     max_new_tokens: int = 8,
@@ -67,7 +68,7 @@ def answer_on_returned_cache(
     return answers
 
 
-def _what_follows(sequences: torch.Tensor, second: Example, processor: RecoverableLlavaProcessor) -> torch.Tensor:
+def _what_follows(sequences: torch.Tensor, second: Example, processor: Any) -> torch.Tensor:
     """[1, S] ids of what the chat template writes behind the first reply, up to the second one."""
     messages = conversation(second)
     opening = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
@@ -99,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not examples:
         raise ValueError(f"data={options.data!r} holds no question of kind {SECOND_TURN!r} with a history.")
     runs = plan_runs(find_methods([name for name in options.methods if name in METHODS]), [options.budget])
-    processor = RecoverableLlavaProcessor.from_pretrained(options.model)
-    model = ComparedLlava.from_pretrained(options.model, dtype=options.dtype).to(options.device).eval()
+    model, processor = load_compared(options.model, options.dtype)
+    model = model.to(options.device)
     correct = np.zeros((len(runs), 2), dtype=int)
     for example in tqdm(examples, desc="conversations"):
         for number, answers in enumerate(answer_on_returned_cache(model, processor, images, example, runs)):

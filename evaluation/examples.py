@@ -1,4 +1,4 @@
-"""Questions to ask: scenes of the embedded checkpoint's recipe, or any file of questions about pictures.
+"""Questions to ask: scenes of the embedded checkpoints' recipes, or any file of questions about pictures.
 
 A file has one JSON object a line: `image` (a path, relative to the file), `question`, `answer`, `kind`, and optionally
 `history`, a list of [question, answer] pairs that come before in the same conversation.
@@ -6,12 +6,15 @@ A file has one JSON object a line: `image` (a path, relative to the file), `ques
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+import training.examples
 from recoverable_llava.tools.pictures import open_picture
 from training.questions import KINDS, ask
 from training.render import render, renderer_constants
@@ -36,15 +39,47 @@ class Example:
     wrong_question: str = ""  # a question of the same kind about another picture, for the control
 
 
-def load_examples(data: str, split: str, num_images: int, seed: int = 0) -> tuple[list[Image.Image], list[Example]]:
-    """Pictures and questions: `data` is "scenes", or the path of a file of questions (split and seed do not apply)."""
+class LazyPictures(Sequence):
+    """Pictures that are drawn when they are asked for, by the process that asks."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.examples[number].image()
+
+
+def load_examples(data: str, split: str, num_images: int, seed: int = 0) -> tuple[Sequence[Image.Image], list[Example]]:
+    """Pictures and questions.
+
+    Args:
+        data: "scenes", "tiled scenes" (of many sizes, one question about each), or the path of a file of questions
+            (split and seed do not apply).
+    """
+    images: Sequence[Image.Image]
     if data == "scenes":
         images, examples = _scenes(split, num_images, seed)
+    elif data == "tiled scenes":
+        images, examples = _tiled_scenes(split, num_images, seed)
     else:
         images, examples = _file(Path(data), num_images)
     if not examples:
-        raise ValueError(f"data={data!r} holds no question: pass 'scenes' or a file with one JSON object a line.")
+        raise ValueError(
+            f"data={data!r} holds no question: pass 'scenes', 'tiled scenes' or a file with one JSON object a line."
+        )
     return images, _with_wrong_questions(examples)
+
+
+def _tiled_scenes(split: str, num_images: int, seed: int) -> tuple[LazyPictures, list[Example]]:
+    drawn = list(training.examples.tiled_examples(split, num_images, seed=seed))
+    examples = [
+        Example(number, each.question, each.answer, each.kind, num_objects=len(each.scene.objects))
+        for number, each in enumerate(drawn)
+    ]
+    return LazyPictures(drawn), examples
 
 
 def _scenes(split: str, num_images: int, seed: int) -> tuple[list[Image.Image], list[Example]]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from evaluation import peers
+from evaluation import peers, tiled_peers
 from evaluation.ablations import ABLATIONS
 from evaluation.evidence import Evidence
 from evaluation.report import ALL_TOKENS
+from evaluation.tiled_peers import EachTile
 from recoverable_llava.recovery_settings import PRESETS
 from recoverable_llava.token_assembly import Assembly
 
@@ -60,6 +61,7 @@ def _fixed(rule: Callable[..., Assembly], **options: Any) -> Method:
     return Method(partial(rule, **options) if options else rule, is_adaptive=False)
 
 
+# Of LLaVA-1.5.
 METHODS: dict[str, Method] = {
     ALL_TOKENS: Method(keep_everything, is_fixed=False),
     "ours": Method(),
@@ -90,14 +92,40 @@ METHODS: dict[str, Method] = {
 }
 
 
-def find_methods(names: list[str]) -> dict[str, Method]:
-    """The methods with these names, the one with all tokens first; "ablations" stands for all of them.
+# Of LLaVA-NeXT; each published rule spreads its tokens as its release does (tiled_peers.py).
+TILED_METHODS: dict[str, Method] = {
+    ALL_TOKENS: Method(tiled_peers.keep_everything, is_fixed=False),
+    **{name: METHODS[name] for name in ("ours", "ours, wrong question", "ours, no question", "paper", "random")},
+    "uniform grid": _fixed(tiled_peers.uniform_grid),
+    "average pooling": _fixed(tiled_peers.average_pooling),
+    "VisionZip": _fixed(EachTile(peers.visionzip)),
+    "HiRED": _fixed(tiled_peers.hired),
+    "HiRED, with new lines": _fixed(tiled_peers.hired_with_new_lines),
+    "DivPrune": _fixed(peers.divprune),
+    "SCOPE": _fixed(EachTile(peers.scope)),
+    "CDPruner": _fixed(EachTile(peers.cdpruner)),
+    "MMTok": _fixed(peers.mmtok),
+    # Harder rivals: one choice over all tiles, and the relevance that our model reads.
+    "SCOPE, all tiles": _fixed(peers.scope),
+    "CDPruner, our relevance": _fixed(EachTile(peers.cdpruner, (("relevance", "value"),))),
+    "CDPruner, all tiles, our relevance": _fixed(peers.cdpruner, relevance="value"),
+}
+
+
+def methods_of(model_type: str) -> dict[str, Method]:
+    """The methods of a family, by the `model_type` of its configuration."""
+    return TILED_METHODS if model_type == "recoverable_llava_next" else METHODS
+
+
+def find_methods(names: list[str], methods: dict[str, Method] = METHODS) -> dict[str, Method]:
+    """The methods with these names, the one with all tokens first; "ablations" stands for all of LLaVA-1.5's.
 
     Raises:
         ValueError: naming what is unknown and what there is.
     """
-    known = METHODS | {name: Method(rule) for name, rule in ABLATIONS.items()}
-    groups = {"ablations": list(ABLATIONS)}
+    ablations = ABLATIONS if methods is METHODS else {}
+    known = methods | {name: Method(rule) for name, rule in ablations.items()}
+    groups = {"ablations": list(ablations)} if ablations else {}
     wanted = [name for group in names for name in groups.get(group, [group])]
     unknown = [name for name in wanted if name not in known]
     if unknown:

@@ -5,21 +5,51 @@ in raster order, then merged tokens. So every rule runs through the same model, 
 Formulas, and what each release does that its paper leaves open, follow the authors' public code; where a release keeps
 the class token as one more visual token (VisionZip) it is left out, since LLaVA drops it.
 
+How each release spreads its tokens over the tiles of LLaVA-NeXT is in `tiled_peers.py`.
+
 B images, N patches, C channels, K kept tokens, M merged tokens.
 """
 
 from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 
 from evaluation.evidence import Evidence
 from recoverable_llava.paper_selection import number_of_outliers
-from recoverable_llava.selection import highest
+from recoverable_llava.selection import highest, last_where_not
 from recoverable_llava.token_assembly import Assembly, first_true
 
 
-SelectionRule = Callable[[Evidence, int | None], Assembly]
+SelectionRule = Callable[[Any, int | None], Assembly]
+# Of the patches that a greedy rule looks at before each pick.
+LOOKED_AT = 64
+
+
+class Greedy:
+    """A rule that picks one patch after the other: the picks of a smaller budget are the first of a larger one's.
+
+    They are kept with the evidence, so that the budgets of a method, the largest first, are one run of its loop.
+    """
+
+    def __init__(self, picks: Callable[..., torch.Tensor]) -> None:
+        """picks: gives the patches [B, budget] in the order in which they are picked."""
+        self.picks = picks
+        update_wrapper(self, picks)
+
+    def __call__(self, evidence: Evidence, budget: int | torch.Tensor, **options: Any) -> Assembly:
+        """budget: one for all images, or [B] long."""
+        most = int(budget.max()) if isinstance(budget, torch.Tensor) else budget
+        key = (self.picks, *sorted(options.items()))
+        order = evidence.picked.get(key)
+        if order is None or order.shape[1] < most:
+            order = evidence.picked[key] = self.picks(evidence, most, **options)
+        place = torch.arange(order.shape[1], device=order.device)
+        is_first = place < (budget[:, None] if isinstance(budget, torch.Tensor) else budget)
+        kept = torch.zeros_like(evidence.class_attention, dtype=torch.bool)
+        return assembly_of(kept.scatter(1, order, is_first.expand_as(order)))
 
 
 # Rules that do not look at the picture
@@ -28,12 +58,13 @@ SelectionRule = Callable[[Evidence, int | None], Assembly]
 def random_patches(evidence: Evidence, budget: int) -> Assembly:
     """A uniformly random subset of each image, the same in every run."""
     scores = torch.rand(evidence.class_attention.shape, generator=torch.Generator().manual_seed(0))
-    return assembly_of(highest(scores.to(evidence.patches.device), budget))
+    scores = last_where_not(evidence.valid, scores.to(evidence.patches.device))
+    return assembly_of(highest(scores, budget))
 
 
 def uniform_grid(evidence: Evidence, budget: int) -> Assembly:
     """The patch in the middle of each of `budget` cells that tile the picture."""
-    cells = _cells(evidence.grid, budget).to(evidence.patches.device)
+    cells = cells_of_grid(evidence.grid, budget).to(evidence.patches.device)
     members = torch.nn.functional.one_hot(cells, budget).T.bool()
     middle = (members.cumsum(1) == (members.sum(1, keepdim=True) + 1) // 2) & members
     return assembly_of(middle.any(0).expand(len(evidence.patches), -1))
@@ -41,7 +72,7 @@ def uniform_grid(evidence: Evidence, budget: int) -> Assembly:
 
 def average_pooling(evidence: Evidence, budget: int) -> Assembly:
     """The mean over each of `budget` cells that tile the picture."""
-    cells = _cells(evidence.grid, budget).to(evidence.patches.device)
+    cells = cells_of_grid(evidence.grid, budget).to(evidence.patches.device)
     members = torch.nn.functional.one_hot(cells, budget).T.float()
     weights = (members / members.sum(1, keepdim=True)).expand(len(evidence.patches), -1, -1)
     return assembly_of(torch.zeros_like(evidence.class_attention, dtype=torch.bool), weights)
@@ -106,11 +137,14 @@ def prumerge_plus(evidence: Evidence, budget: int | None) -> Assembly:
     return _prumerge(evidence, outliers.scatter(1, picks, True))
 
 
-def divprune(evidence: Evidence, budget: int) -> Assembly:
+@Greedy
+def divprune(evidence: Evidence, budget: int) -> torch.Tensor:
     """DivPrune (arXiv 2503.02175): greedy largest smallest distance, 1 - cosine of projected tokens."""
     features = normalize(evidence.projected.float(), dim=-1)
     distance = 1 - features @ features.transpose(1, 2)
-    chosen = torch.zeros(distance.shape[:2], dtype=torch.bool, device=distance.device)
+    if evidence.valid is not None:
+        distance = distance.masked_fill(~evidence.valid[:, None], torch.inf)
+    chosen, picked = _none_chosen(evidence), []
     # The first is the patch that lies farthest from its nearest other patch.
     to_nearest = distance.topk(2, dim=2, largest=False).values[:, :, 1]
     for step in range(budget):
@@ -118,27 +152,34 @@ def divprune(evidence: Evidence, budget: int) -> Assembly:
         to_best = _take(distance, best)[:, 0]
         to_nearest = torch.minimum(to_nearest, to_best) if step else to_best
         chosen.scatter_(1, best, True)
-    return assembly_of(chosen)
+        picked.append(best)
+    return torch.cat(picked, dim=1)
 
 
-def scope(evidence: Evidence, budget: int, alpha: float = 1.0) -> Assembly:
+@Greedy
+def scope(evidence: Evidence, budget: int, alpha: float = 1.0) -> torch.Tensor:
     """SCOPE (arXiv 2510.24214): greedy gain in coverage of all patches, times class attention to the power alpha."""
     features = normalize(evidence.patches.float(), dim=-1)
+    if evidence.valid is not None:
+        features = features * evidence.valid[:, :, None]
     similarity = features @ features.transpose(1, 2)
-    return assembly_of(_greedy_coverage(similarity, budget, evidence.previous_class_attention.float() ** alpha))
+    factor = evidence.previous_class_attention.float() ** alpha
+    return _greedy_coverage(similarity, budget, _none_chosen(evidence), factor)
 
 
 # Rules that look at the picture and the question
 
 
-def cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> Assembly:
+@Greedy
+def cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> torch.Tensor:
     """CDPruner (arXiv 2506.10967): greedy most probable set of a determinantal point process given the question."""
     features = normalize(evidence.projected.float(), dim=-1)
-    scores = min_max(evidence.relevance[relevance].float()) + 1e-6
-    return assembly_of(_determinantal(features @ features.transpose(1, 2), scores, budget))
+    scores = min_max(evidence.relevance[relevance].float(), evidence.valid, evidence.image) + 1e-6
+    return _determinantal(features @ features.transpose(1, 2), scores, budget, _none_chosen(evidence))
 
 
-def centred_cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> Assembly:
+@Greedy
+def centred_cdpruner(evidence: Evidence, budget: int, relevance: str = "negated") -> torch.Tensor:
     """Cen-Prune's correction of CDPruner: mean-centred similarity, relevance times how unlike the others a patch is."""
     raw = normalize(evidence.projected.float(), dim=-1)
     centred = evidence.projected.float()
@@ -146,18 +187,20 @@ def centred_cdpruner(evidence: Evidence, budget: int, relevance: str = "negated"
     num_patches = raw.shape[1]
     likeness = ((raw * raw.sum(1, keepdim=True)).sum(2) - 1) / (num_patches - 1)
     scores = (min_max(evidence.relevance[relevance].float()) + 1e-6) * (min_max(-likeness) + 1e-6)
-    return assembly_of(_determinantal(centred @ centred.transpose(1, 2), scores, budget))
+    return _determinantal(centred @ centred.transpose(1, 2), scores, budget, _none_chosen(evidence))
 
 
-def facility_location(evidence: Evidence, budget: int, relevance: str = "negated") -> Assembly:
+@Greedy
+def facility_location(evidence: Evidence, budget: int, relevance: str = "negated") -> torch.Tensor:
     """EADP's selection: greedy coverage of all patches, each counted by its relevance to the question."""
     features = normalize(evidence.patches.float(), dim=-1)
     similarity = features @ features.transpose(1, 2)
     scores = min_max(evidence.relevance[relevance].float())
-    return assembly_of(_greedy_coverage(scores[:, :, None] * similarity, budget))
+    return _greedy_coverage(scores[:, :, None] * similarity, budget, _none_chosen(evidence))
 
 
-def mmtok(evidence: Evidence, budget: int, alpha: float = 0.5) -> Assembly:
+@Greedy
+def mmtok(evidence: Evidence, budget: int, alpha: float = 0.5) -> torch.Tensor:
     """MMTok (arXiv 2508.18264): greedy coverage of the question's tokens and of all patches together.
 
     Temperatures and weight as released for LLaVA-1.5: 0.02 for text to vision, 0.2 for vision to vision, 0.5.
@@ -165,10 +208,12 @@ def mmtok(evidence: Evidence, budget: int, alpha: float = 0.5) -> Assembly:
     tokens = normalize(evidence.question_token_embeddings.float(), dim=-1)
     embeddings = normalize(evidence.patch_embeddings.float(), dim=-1)
     features = normalize(evidence.patches.float(), dim=-1)
-    text = torch.softmax(tokens @ embeddings.transpose(1, 2) / 0.02, dim=2) * evidence.question_token_mask[:, :, None]
-    text = text / evidence.question_token_mask.sum(1).clamp(min=1)[:, None, None]
-    vision = torch.softmax(features @ features.transpose(1, 2) / 0.2, dim=2) / features.shape[1]
-    return assembly_of(_greedy_coverage(torch.cat([text, alpha * vision], dim=1), budget))
+    text, vision = tokens @ embeddings.transpose(1, 2) / 0.02, features @ features.transpose(1, 2) / 0.2
+    exists = evidence.question_token_mask
+    text = _softmax(text, evidence.valid) * (exists / exists.sum(1, keepdim=True).clamp(min=1))[:, :, None]
+    exists = torch.ones_like(evidence.class_attention) if evidence.valid is None else evidence.valid
+    vision = _softmax(vision, evidence.valid) * (exists / exists.sum(1, keepdim=True))[:, :, None]
+    return _greedy_coverage(torch.cat([text, alpha * vision], dim=1), budget, _none_chosen(evidence))
 
 
 def released_recoverable_compression(evidence: Evidence, budget: int | None) -> Assembly:
@@ -237,13 +282,35 @@ def assembly_of(
     )
 
 
-def min_max(scores: torch.Tensor) -> torch.Tensor:
-    """Scores [B, N] stretched to 0..1 within each row."""
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    return (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+def min_max(scores: torch.Tensor, valid: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores [B, N] stretched to 0..1 within each row, or within all rows of an image.
+
+    Args:
+        valid: [B, N] bool; what is not valid becomes 0.
+        image: [B] the number of each row's image.
+    """
+    low = (scores if valid is None else scores.masked_fill(~valid, torch.inf)).amin(1)
+    high = (scores if valid is None else scores.masked_fill(~valid, -torch.inf)).amax(1)
+    if image is not None:
+        low = torch.full_like(low, torch.inf).scatter_reduce(0, image, low, "amin")[image]
+        high = torch.full_like(high, -torch.inf).scatter_reduce(0, image, high, "amax")[image]
+    stretched = (scores - low[:, None]) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
+    return stretched if valid is None else stretched.masked_fill(~valid, 0)
 
 
-def _cells(grid: tuple[int, int], count: int) -> torch.Tensor:
+def _none_chosen(evidence: Evidence) -> torch.Tensor:
+    """[B, N] bool: what a greedy rule must not pick, before its first pick."""
+    if evidence.valid is None:
+        return torch.zeros_like(evidence.class_attention, dtype=torch.bool)
+    return ~evidence.valid
+
+
+def _softmax(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of [B, R, N] over the valid patches."""
+    return (logits if valid is None else logits.masked_fill(~valid[:, None], -torch.inf)).softmax(2)
+
+
+def cells_of_grid(grid: tuple[int, int], count: int) -> torch.Tensor:
     """[N] the number of the cell of each patch: `count` nearly square cells in bands of rows tile the grid."""
     rows, columns = grid
     if not 1 <= count <= rows * columns:
@@ -314,38 +381,64 @@ def _absorb(
     return (absorbed * attention[:, None] + itself) * is_centre[:, :, None], is_centre
 
 
-def _greedy_coverage(benefit: torch.Tensor, budget: int, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """[B, N] mask of patches picked one by one for the gain in sum over rows of the best benefit [B, R, N] so far."""
-    chosen = torch.zeros_like(benefit[:, 0], dtype=torch.bool)
-    covered = torch.zeros_like(benefit[:, :, 0])
-    for _ in range(budget):
-        gain = (benefit - covered[:, :, None]).clamp(min=0).sum(1)
-        gain = gain if factor is None else gain * factor
-        best = gain.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
-        covered = torch.maximum(covered, benefit.gather(2, best[:, None].expand(-1, benefit.shape[1], -1))[:, :, 0])
-        chosen.scatter_(1, best, True)
-    return chosen
+def _greedy_coverage(
+    benefit: torch.Tensor, budget: int, chosen: torch.Tensor, factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B, budget] patches picked one by one for the gain in sum over rows of the best benefit [B, R, N] so far.
+
+    Gains only fall while patches are picked. So a gain from an earlier step is a bound, and before a pick only those
+    patches are looked at again whose bounds are the highest, until the best of all is one that was.
+
+    Args:
+        chosen: [B, N] bool, what must not be picked.
+        factor: [B, N] of each patch's gain.
+    """
+    benefit = benefit.transpose(1, 2).contiguous()  # [B, N, R]
+    factor = torch.ones_like(benefit[:, :, 0]) if factor is None else factor
+    covered = torch.zeros_like(benefit[:, 0])
+    bounds = (benefit.clamp(min=0).sum(2) * factor).masked_fill(chosen, -torch.inf)
+    count = min(LOOKED_AT, benefit.shape[1])
+    picked = torch.empty(len(benefit), budget, dtype=torch.long, device=benefit.device)
+    for step in range(budget):
+        is_looked_at = torch.full_like(chosen, step == 0)
+        while True:
+            best = bounds.argmax(1, keepdim=True)
+            if bool(is_looked_at.gather(1, best).all()):
+                break
+            some = bounds.masked_fill(is_looked_at, -torch.inf).topk(count, dim=1).indices
+            gains = (_take(benefit, some) - covered[:, None]).clamp_(min=0).sum(2) * factor.gather(1, some)
+            bounds.scatter_(1, some, torch.where(bounds.gather(1, some) == -torch.inf, -torch.inf, gains))
+            is_looked_at.scatter_(1, some, True)
+        covered = torch.maximum(covered, _take(benefit, best)[:, 0])
+        bounds.scatter_(1, best, -torch.inf)
+        picked[:, step : step + 1] = best
+    return picked
 
 
-def _determinantal(similarity: torch.Tensor, scores: torch.Tensor, budget: int) -> torch.Tensor:
-    """[B, N] mask of the greedy most probable set of the process diag(scores) similarity diag(scores).
+def _determinantal(similarity: torch.Tensor, scores: torch.Tensor, budget: int, chosen: torch.Tensor) -> torch.Tensor:
+    """[B, budget] the greedy most probable set of the process diag(scores) similarity diag(scores), in order.
 
     Chen et al., "Fast Greedy MAP Inference for Determinantal Point Process" (NeurIPS 2018): a Cholesky factor of the
     chosen rows grows by one column per pick. Once the kernel's rank is used up, what is left of the gains is numerical
     noise: picks go on by it, so that the budget is met, but it no longer enters the factor.
+
+    Args:
+        chosen: [B, N] bool, what must not be picked.
     """
     kernel = scores[:, :, None] * similarity * scores[:, None, :]
     gains = kernel.diagonal(dim1=1, dim2=2).clone()
-    chosen = torch.zeros_like(gains, dtype=torch.bool)
+    chosen = chosen.clone()
     factors = kernel.new_zeros(len(kernel), budget, kernel.shape[1])
     noise = 1e-6 * gains.amax(1, keepdim=True)
+    picked = torch.empty(len(kernel), budget, dtype=torch.long, device=kernel.device)
     for step in range(budget):
         best = gains.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
         known = factors[:, :step]
         along = known.gather(2, best[:, None].expand(-1, step, -1))
-        row = _take(kernel, best)[:, 0] - (along * known).sum(1)
+        row = _take(kernel, best)[:, 0] - (along.transpose(1, 2) @ known)[:, 0]
         gain = gains.gather(1, best)
         factors[:, step] = torch.where(gain > noise, row / gain.clamp(min=noise).sqrt(), 0.0)
         gains = gains - factors[:, step].square()
         chosen.scatter_(1, best, True)
-    return chosen
+        picked[:, step : step + 1] = best
+    return picked

@@ -24,7 +24,7 @@ class Outcome:
     correct: np.ndarray  # [questions] bool
     agrees: np.ndarray  # [questions] bool: the same answer as with all tokens
     num_tokens: np.ndarray  # [questions]
-    selector_milliseconds: float  # per question, choosing and merging, without the towers
+    selector_milliseconds: float | None  # per question, choosing and merging, without the towers; None: not known
     answers: list[str] = field(repr=False)
 
 
@@ -42,7 +42,7 @@ class Row:
     accuracy: dict[str, Interval]  # by kind
     retained_by_kind: dict[str, Interval]
     fidelity: float
-    selector_milliseconds: float
+    selector_milliseconds: float | None
     tokens_follow_objects: float | None  # correlation of tokens with objects in the scene, adaptive only
     questions: int
 
@@ -109,7 +109,7 @@ def make_table(examples: list[Example], outcomes: list[Outcome], reference: str 
                 accuracy[name] = interval(mean_over_kinds(accuracies))
                 by_kind[name] = interval(mean_over_kinds(ratios))
         known = np.isfinite(objects)
-        varies = outcome.budget is None and known.any() and outcome.num_tokens[known].std() > 0
+        varies = is_adaptive and known.any() and outcome.num_tokens[known].std() > 0
         rows.append(
             Row(
                 method=outcome.method,
@@ -160,7 +160,8 @@ def markdown(rows: list[Row]) -> str:
             "" if part is None else _bracketed(part) for part in (row.behind, row.behind_adaptive, row.ahead_of_fixed)
         ]
         cells += [f"{row.accuracy[kind].value:.1f}" if kind in row.accuracy else "" for kind in kinds]
-        cells += [f"{row.fidelity:.1f}", f"{row.selector_milliseconds:.2f}"]
+        cells.append(f"{row.fidelity:.1f}")
+        cells.append("" if row.selector_milliseconds is None else f"{row.selector_milliseconds:.2f}")
         cells.append("" if row.tokens_follow_objects is None else f"{row.tokens_follow_objects:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

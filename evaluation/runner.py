@@ -3,7 +3,11 @@
 B prompts, I images of a batch.
 """
 
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,17 +15,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.compared_model import CONSTANT_PROMPT, ComparedLlava, gather_evidence
+from evaluation.compared_model import CONSTANT_PROMPT, gather_evidence
 from evaluation.evidence import Evidence
 from evaluation.examples import Example, is_correct
 from evaluation.methods import Method
+from evaluation.peers import Greedy
 from evaluation.report import ALL_TOKENS, Outcome
-from recoverable_llava import RecoverableLlavaProcessor, VisionFeatures
+from recoverable_llava import VisionFeatures
 from recoverable_llava.tools.settings import configured
 
 
 # Fields of the configuration that change what is read off the vision tower.
 TOWER_FIELDS = ("attention_layer", "text_relevance")
+# Of questions, that a worker process prepares at once: large pictures take it a third of a second each.
+PREPARED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,13 @@ class Run:
     name: str
     method: Method
     budget: int | None
+
+    def shares_picks(self, others: "Iterable[Run]") -> bool:
+        """Whether a run with a larger budget has made its picks already, so that its time says nothing."""
+        rule: Any = self.method.rule
+        if not isinstance(rule.func if isinstance(rule, partial) else getattr(rule, "rule", rule), Greedy):
+            return False
+        return any(run.name == self.name and (run.budget or 0) > (self.budget or 0) for run in others)
 
 
 def plan_runs(methods: dict[str, Method], budgets: list[int | None]) -> list[Run]:
@@ -45,9 +59,7 @@ def plan_runs(methods: dict[str, Method], budgets: list[int | None]) -> list[Run
 class Batches(torch.utils.data.Dataset):
     """Examples as inputs of the model, a batch an item, so that worker processes can prepare them."""
 
-    def __init__(
-        self, processor: RecoverableLlavaProcessor, images: list[Image.Image], examples: list[Example], batch_size: int
-    ) -> None:
+    def __init__(self, processor: Any, images: Sequence[Image.Image], examples: list[Example], batch_size: int) -> None:
         self.processor, self.images, self.examples, self.batch_size = processor, images, examples, batch_size
 
     def __len__(self) -> int:
@@ -75,13 +87,33 @@ class Batches(torch.utils.data.Dataset):
         # Each image once; which one belongs to which row.
         numbers = [example.image for example in batch]
         unique = list(dict.fromkeys(numbers))
+        of_images = {
+            name: inputs[name][[numbers.index(image) for image in unique]]
+            for name in ("pixel_values", "image_sizes")
+            if name in inputs
+        }
         return {
             **inputs,
-            "pixel_values": inputs["pixel_values"][[numbers.index(image) for image in unique]],
+            **of_images,
             "row_of_question": torch.tensor([unique.index(image) for image in numbers]),
             "wrong_input_ids": wrong["input_ids"],
             "wrong_attention_mask": wrong["attention_mask"],
         }
+
+
+def join(batches: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Several batches as one: prompts padded on the left to the longest, rows of questions counted on."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0}
+    joined: dict[str, list[torch.Tensor]] = {name: [] for name in batches[0]}
+    num_images = 0
+    for batch in batches:
+        for name, value in batch.items():
+            if name in fill:
+                value = torch.nn.functional.pad(value, (longest - value.shape[1], 0), value=fill[name])
+            joined[name].append(value + num_images if name == "row_of_question" else value)
+        num_images += len(batch["pixel_values"])
+    return {name: torch.cat(values) for name, values in joined.items()}
 
 
 def conversation(example: Example) -> list[dict[str, Any]]:
@@ -99,50 +131,65 @@ def conversation(example: Example) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def run_all(
-    model: ComparedLlava,
-    processor: RecoverableLlavaProcessor,
-    images: list[Image.Image],
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
     examples: list[Example],
     runs: list[Run],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 8,
     workers: int = 0,
+    seconds: float | None = None,
 ) -> list[Outcome]:
-    """Greedy answers of every run to every example."""
-    batches = torch.utils.data.DataLoader(
-        Batches(processor, images, examples, batch_size), batch_size=None, num_workers=workers
-    )
+    """Greedy answers of every run to every example; with `seconds`, to those whose batch began within them."""
+    begin = time.perf_counter()
+    batches = prepared_batches(processor, images, examples, batch_size, workers)
     constant = constant_ids(processor).to(model.device)
     answers: list[list[str]] = [[] for _ in runs]
     num_tokens: list[list[int]] = [[] for _ in runs]
-    seconds = [0.0 for _ in runs]
-    progress = tqdm(total=len(batches) * len(runs), desc="answers", unit="run")
+    spent = [0.0 for _ in runs]
+    progress = tqdm(total=-(-len(examples) // batch_size) * len(runs), desc="answers", unit="run")
     for inputs in batches:
         batch = PreparedBatch(model, inputs, constant)
         for number, run in enumerate(runs):
-            texts, counts, spent = batch.answer(run, processor, max_new_tokens)
+            texts, counts, of_batch = batch.answer(run, processor, max_new_tokens)
             answers[number] += texts
             num_tokens[number] += counts
-            seconds[number] += spent
+            spent[number] += of_batch
             progress.update()
+        if seconds is not None and time.perf_counter() - begin > seconds:
+            break
     progress.close()
+    asked = examples[: len(answers[0])]
     expected = next(answers[number] for number, run in enumerate(runs) if run.name == ALL_TOKENS)
     return [
         Outcome(
             method=run.name,
             budget=run.budget,
-            correct=np.array([is_correct(text, e.answer) for text, e in zip(texts, examples, strict=True)]),
+            correct=np.array([is_correct(text, e.answer) for text, e in zip(texts, asked, strict=True)]),
             agrees=np.array([text == full for text, full in zip(texts, expected, strict=True)]),
             num_tokens=np.array(counts, dtype=float),
-            selector_milliseconds=1000 * spent / len(examples),
+            selector_milliseconds=None if run.shares_picks(runs) else 1000 * of_run / len(asked),
             answers=texts,
         )
-        for run, texts, counts, spent in zip(runs, answers, num_tokens, seconds, strict=True)
+        for run, texts, counts, of_run in zip(runs, answers, num_tokens, spent, strict=True)
     ]
 
 
-def constant_ids(processor: RecoverableLlavaProcessor) -> torch.Tensor:
+def prepared_batches(
+    processor: Any, images: Sequence[Image.Image], examples: list[Example], batch_size: int, workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The inputs of `batch_size` examples at a time, which worker processes prepare in smaller pieces."""
+    at_once = min(batch_size, PREPARED_AT_ONCE)
+    pieces = iter(
+        torch.utils.data.DataLoader(Batches(processor, images, examples, at_once), batch_size=None, num_workers=workers)
+    )
+    while batch := list(islice(pieces, -(-batch_size // at_once))):
+        yield join(batch, processor.tokenizer.pad_token_id)
+
+
+def constant_ids(processor: Any) -> torch.Tensor:
     """[1, T] the constant prompt for the text tower."""
     return processor.question_tokenizer(
         CONSTANT_PROMPT, padding="max_length", truncation=True, padding_side="right", return_tensors="pt"
@@ -152,15 +199,13 @@ def constant_ids(processor: RecoverableLlavaProcessor) -> torch.Tensor:
 class PreparedBatch:
     """One batch on the device, with what the towers say about it kept for all runs."""
 
-    def __init__(self, model: ComparedLlava, inputs: dict[str, torch.Tensor], constant: torch.Tensor) -> None:
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor], constant: torch.Tensor) -> None:
         self.model, self.constant = model, constant
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self._vision: dict[tuple, VisionFeatures] = {}
         self._evidence: dict[str, Evidence] = {}
 
-    def answer(
-        self, run: Run, processor: RecoverableLlavaProcessor, max_new_tokens: int
-    ) -> tuple[list[str], list[int], float]:
+    def answer(self, run: Run, processor: Any, max_new_tokens: int) -> tuple[list[str], list[int], float]:
         """Answers, tokens per image, and the seconds that choosing them took."""
         sequences = self.generate(run, max_new_tokens=max_new_tokens)
         new = sequences[:, self.inputs["input_ids"].shape[1] :]
@@ -195,10 +240,14 @@ class PreparedBatch:
         """What the model reads off the tower under its present configuration, a row per question."""
         key = tuple(getattr(self.model.config, name) for name in TOWER_FIELDS)
         if key not in self._vision:
-            self._vision[key] = self.model.get_vision_features(self.inputs["pixel_values"])
-        vision, rows = self._vision[key], self.inputs["row_of_question"]
+            sizes = {"image_sizes": self.inputs["image_sizes"]} if "image_sizes" in self.inputs else {}
+            self._vision[key] = self.model.get_vision_features(self.inputs["pixel_values"], **sizes)
+        vision, rows = replace(self._vision[key], last_hidden_state=None), self.inputs["row_of_question"]
         each = {field.name: getattr(vision, field.name) for field in fields(vision)}
-        return replace(vision, **{name: value[rows] for name, value in each.items() if isinstance(value, torch.Tensor)})
+        of_questions = {name: value[rows] for name, value in each.items() if isinstance(value, torch.Tensor)}
+        if vision.tiles is not None:
+            of_questions["tiles"] = [vision.tiles[row] for row in rows.tolist()]
+        return replace(vision, **of_questions)
 
     def evidence(self, which: str) -> Evidence:
         if which not in self._evidence:
@@ -210,5 +259,6 @@ class PreparedBatch:
                 question["question_attention_mask"],
                 self.constant,
                 self.inputs["row_of_question"],
+                self.inputs.get("image_sizes"),
             )
         return self._evidence[which]

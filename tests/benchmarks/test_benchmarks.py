@@ -21,6 +21,73 @@ def bench():
     return plan.Bench(shape, built, torch.device("cpu"), torch.float32, budget=16, repeats=1)
 
 
+@pytest.fixture(scope="module")
+def tiled_bench():
+    shape = models.SHAPES["tiny-NeXT"]
+    with torch.no_grad():
+        built = models.build(shape, torch.device("cpu"), torch.float32)
+    return plan.Bench(shape, built, torch.device("cpu"), torch.float32, budget=16, repeats=1)
+
+
+@pytest.mark.slow
+def test_one_command_measures_pictures_of_several_tiles(tmp_path, monkeypatch):
+    arguments = ["benchmarks", "--shapes", "tiny-NeXT", "--batch-sizes", "1", "2", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path)])
+    command.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["facts"]["left_out"] == []
+    measured = {(row["batch"], row["method"], row["quantity"]) for row in results["rows"]}
+    for method in ("stock", "fixed 20", "fixed 9", "adaptive"):
+        for quantity in ("first_token_ms", "first_token_low_ms", "cache_bytes", "prefill_peak_bytes"):
+            assert {(1, method, quantity), (2, method, quantity)} <= measured
+        assert {(1, method, "answer_32_ms"), (2, method, "answer_128_ms")} <= measured
+        if method != "stock":
+            assert (1, method, "selection_ms") in measured
+    assert (2, "stock, before", "first_token_ms") in measured and (2, "stock, after", "first_token_ms") in measured
+    text = (tmp_path / "table.md").read_text()
+    assert "| ours, fixed 20 |" in text and "Selection, adaptive, batch 1: " in text and "bars" not in text
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_methods_of_tiles_share_weights_and_differ_in_length(tiled_bench):
+    bench, ours, stock = tiled_bench, tiled_bench.models.ours, tiled_bench.models.stock
+    assert stock.model.image_newline is ours.model.image_newline
+    assert not any(parameter.is_meta for model in (ours, stock) for parameter in model.parameters())
+    lengths = {}
+    for method in ("stock", *bench.our_methods, "bound"):
+        model, inputs = bench.prepare(method, 2)
+        with torch.no_grad():
+            lengths[method] = bench.first_token(model, inputs)[1].get_seq_length()
+    # Five tiles of 64 patches, and a new line behind each of 16 rows.
+    assert lengths["stock"] == 5 * 64 + 16 + 64
+    assert lengths["fixed 20"] == 20 + 64 and lengths["fixed 9"] == 9 + 64 and lengths["bound"] == 20 + 64
+    model, inputs = bench.prepare("adaptive", 8)
+    with torch.no_grad():
+        counts = model.recover_tokens(**inputs).selection.num_tokens
+    assert 15 < counts.float().mean() < 35 and lengths["adaptive"] == counts[:2].max() + 64
+    model.config.compress = False
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            torch.testing.assert_close(logits, stock(**models.without_question(inputs)).logits, rtol=0, atol=0)
+    finally:
+        model.config.compress = True
+
+
+def test_what_does_not_fit_is_noted_and_the_rest_measured(tiled_bench, monkeypatch):
+    def first_token(model, inputs):
+        if model is tiled_bench.models.stock:
+            raise torch.OutOfMemoryError
+        return plan.Bench.first_token(tiled_bench, model, inputs)
+
+    monkeypatch.setattr(tiled_bench, "first_token", first_token)
+    monkeypatch.setattr(tiled_bench, "left_out", [])
+    with torch.no_grad():
+        measured = {row["method"] for row in plan.first_tokens_between(tiled_bench, 1, rounds=1)}
+    assert measured == {"fixed 20", "fixed 9", "adaptive"}
+    assert tiled_bench.left_out == ["tiny-NeXT: batch 1 of stock does not fit into memory"]
+
+
 @pytest.mark.slow
 def test_one_command_gives_table_and_picture(tmp_path, monkeypatch):
     arguments = ["benchmarks", "--shapes", "tiny", "--batch-sizes", "1", "2", "--budget", "16", "--repeats", "1"]

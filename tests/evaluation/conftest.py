@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import tiny
 
-from evaluation.compared_model import ComparedLlava
+from evaluation.compared_model import load_compared
 from evaluation.examples import load_examples
-from recoverable_llava import RecoverableLlavaProcessor
+from recoverable_llava.tools.combine import combine
 
 
 QUESTIONS = ["what is this ?", "how many dog are there ?", "where is the cat ?", "describe the red picture please"]
@@ -32,5 +33,20 @@ def questions_file(tmp_path_factory, pictures):
 @pytest.fixture(scope="module")
 def setting(repo_folder, questions_file):
     images, examples = load_examples(str(questions_file), "test", 10)
-    processor = RecoverableLlavaProcessor.from_pretrained(repo_folder)
-    return ComparedLlava.from_pretrained(repo_folder).eval(), processor, images, examples
+    return *load_compared(repo_folder), images, examples
+
+
+@pytest.fixture(scope="module")
+def tiled_repo_folder(tmp_path_factory, clip_folder):
+    folder = tmp_path_factory.mktemp("tiled")
+    tiny.save_tiny_llava(folder / "stock", clip_folder, family="llava_next")
+    for part in combine(str(folder / "stock"), clip_folder, **tiny.RECOVERY):
+        part.save_pretrained(folder / "repo")
+    return str(folder / "repo")
+
+
+@pytest.fixture(scope="module")
+def tiled_setting(tiled_repo_folder, questions_file):
+    """As `setting`, for LLaVA-NeXT."""
+    images, examples = load_examples(str(questions_file), "test", 10)
+    return *load_compared(tiled_repo_folder), images, examples

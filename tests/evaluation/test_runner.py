@@ -1,18 +1,20 @@
 """The comparison on a tiny model with random weights: every method runs through the model's own path."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluation.__main__ import main
 from evaluation.compared_model import gather_evidence
 from evaluation.examples import Example, load_examples
-from evaluation.methods import METHODS, Method, find_methods
+from evaluation.methods import METHODS, TILED_METHODS, Method, find_methods
 from evaluation.report import ALL_TOKENS
 from evaluation.runner import Batches, Run, conversation, plan_runs, run_all
-from recoverable_llava import RecoverableLlavaForConditionalGeneration
+from recoverable_llava import RecoverableLlavaForConditionalGeneration, RecoverableLlavaNextForConditionalGeneration
 from recoverable_llava.tools.settings import configured
 
 
@@ -57,6 +59,62 @@ def test_all_tokens_and_our_own_method_are_the_plain_model(setting, repo_folder)
             answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             assert outcome.answers[number] == answer
     assert (adaptive.num_tokens == adaptive.num_tokens[0]).sum() < len(examples)
+
+
+@pytest.mark.parametrize("order", [[20, 9, None], [9, 20, None]])
+def test_every_method_of_tiles_answers_and_meets_its_budget(tiled_setting, order):
+    runs = plan_runs(TILED_METHODS, order)
+    outcomes = run_all(*tiled_setting, runs, batch_size=4, max_new_tokens=3)
+    by_run = {(run.name, run.budget): outcome for run, outcome in zip(runs, outcomes, strict=True)}
+    for (name, budget), outcome in by_run.items():
+        if budget is not None and name != "HiRED, with new lines":
+            assert (outcome.num_tokens == budget).all(), name
+        # What a larger budget has picked already costs a smaller one nothing, which is not its time.
+        is_known = not (budget == 9 and any(peer in name for peer in ("DivPrune", "SCOPE", "CDPruner", "MMTok")))
+        assert (outcome.selector_milliseconds is not None) == is_known, name
+    assert by_run[ALL_TOKENS, None].num_tokens.min() > 36
+    assert any(not outcome.agrees.all() for outcome in outcomes)
+
+
+def test_all_tokens_and_our_own_method_are_the_plain_model_of_tiles(tiled_setting, tiled_repo_folder):
+    model, processor, images, examples = tiled_setting
+    runs = [
+        Run(ALL_TOKENS, TILED_METHODS[ALL_TOKENS], None),
+        Run("ours", TILED_METHODS["ours"], 17),
+        Run("ours", Method(settings=STRICT), None),
+        Run("paper", Method(settings={"selection": "paper", "text_relevance": "projected"}), 11),
+    ]
+    outcomes = run_all(*tiled_setting, runs, batch_size=3, max_new_tokens=4)
+    plain = RecoverableLlavaNextForConditionalGeneration.from_pretrained(tiled_repo_folder).eval()
+    all_settings = [
+        {"compress": False},
+        {"visual_token_budget": 17},
+        STRICT,
+        {"selection": "paper", "text_relevance": "projected", "visual_token_budget": 11},
+    ]
+    for number, example in enumerate(examples):
+        prompt = processor.apply_chat_template(conversation(example), add_generation_prompt=True)
+        inputs = processor(images=images[example.image], text=prompt, return_tensors="pt")
+        for outcome, settings in zip(outcomes, all_settings, strict=True):
+            with configured(plain.config, **settings):
+                sequence = plain.generate(**inputs, do_sample=False, max_new_tokens=4)[0]
+            answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            assert outcome.answers[number] == answer
+
+
+def test_answers_do_not_depend_on_the_batch_of_tiles(tiled_setting):
+    names = ["ours", "HiRED, with new lines", "CDPruner", "MMTok", "VisionZip"]
+    runs = plan_runs(find_methods(names, TILED_METHODS), [12, None])
+    together = run_all(*tiled_setting, runs, batch_size=16, max_new_tokens=3)
+    apart = run_all(*tiled_setting, runs, batch_size=1, max_new_tokens=3)
+    for one, other in zip(together, apart, strict=True):
+        assert one.answers == other.answers and np.array_equal(one.num_tokens, other.num_tokens)
+
+
+def test_what_does_not_begin_in_time_is_not_asked(tiled_setting):
+    runs = [Run(ALL_TOKENS, TILED_METHODS[ALL_TOKENS], None), Run("random", TILED_METHODS["random"], 9)]
+    outcomes = run_all(*tiled_setting, runs, batch_size=4, max_new_tokens=1, seconds=0)
+    assert [len(outcome.answers) for outcome in outcomes] == [4, 4]
 
 
 def test_answers_do_not_depend_on_the_batch(setting):
@@ -165,3 +223,25 @@ def test_conversation_has_the_picture_in_its_first_turn():
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
     assert [part["type"] for part in messages[2]["content"]] == ["text"]
+
+
+def test_tiled_scenes_are_drawn_when_they_are_asked_for(monkeypatch):
+    drawn = []
+
+    class Drawn(SimpleNamespace):
+        def image(self):
+            drawn.append(self.question)
+            return Image.new("RGB", (400, 340))
+
+    def tiled_examples(split, count, kinds=None, seed=0):
+        scene = SimpleNamespace(objects=[1, 2])
+        for number in range(count):
+            yield Drawn(scene=scene, kind="reading", question=f"{split} {seed} {number} ?", answer="a word")
+
+    monkeypatch.setattr("training.examples.tiled_examples", tiled_examples, raising=False)
+    images, examples = load_examples("tiled scenes", "test", 3, seed=5)
+    assert len(images) == 3 and drawn == []
+    assert images[1].size == (400, 340) and drawn == ["test 5 1 ?"]
+    assert [example.image for example in examples] == [0, 1, 2]
+    assert examples[2].answer == "a word" and examples[2].kind == "reading" and examples[2].num_objects == 2
+    assert examples[0].wrong_question in ("test 5 1 ?", "test 5 2 ?")
