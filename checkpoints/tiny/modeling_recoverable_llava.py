@@ -46,19 +46,13 @@ class LlavaFamilyMixin(RecoverableVisionMixin):
         return FullCounts(torch.full((len(images),), each, device=device), each, each * len(images))
 
     def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        text_relevance: str,
-        attention_layer: int,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, text_relevance: str, attention_layer: int, **options: Any
     ) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        strategy = options.pop("vision_feature_select_strategy", None) or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f'vision_feature_select_strategy must be "default" or "full", got {strategy!r}.')
         outputs, features, visual_scores, keys, embeds = self.read_images(
-            pixel_values, text_relevance, attention_layer, vision_feature_layer, **kwargs
+            pixel_values, text_relevance, attention_layer, **options
         )
         vision = VisionFeatures(
             patches=features[:, 1:],

@@ -173,7 +173,6 @@ def select_by_novelty(
         ValueError: if shapes disagree, or a budget, a bound or the width of a row does not fit into N.
     """
     check_scores(visual_scores, text_scores, valid, max_visual_tokens, visual_token_budget)
-    num_patches = visual_scores.shape[1]
     num_valid = number_of_valid(visual_scores, valid)
     scores = visual_scores[:, None] if text_scores is None else torch.stack([visual_scores, text_scores], dim=1)
     mean = mean_distance(distance, valid)
@@ -183,9 +182,8 @@ def select_by_novelty(
 
     # How many patches stay, and whether one more token stands for the rest.
     if visual_token_budget is not None:
-        merges = merge_remaining and 1 < visual_token_budget < num_patches
-        num_chosen = torch.full_like(num_valid, visual_token_budget - merges)
-        merges_remaining = (num_chosen < num_valid) & merges
+        merges_remaining = (num_valid > visual_token_budget) & (merge_remaining and visual_token_budget > 1)
+        num_chosen = visual_token_budget - merges_remaining.long()
     else:
         is_novel = last_where_not(valid, visual_novelty) > novelty_threshold * mean[:, None]
         num_chosen = is_novel.sum(1).clamp(min=min_visual_tokens).minimum(num_valid)

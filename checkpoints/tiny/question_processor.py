@@ -213,6 +213,8 @@ class QuestionProcessorMixin(ProcessorMixin):
     def _found_questions(self, prompts: list[str], conversation: Any) -> list[str]:
         """The question of each prompt, or of each chat that the prompts were written from."""
         if conversation is None:
+            # Some versions of stock's processors take a prompt as a list of words, too.
+            prompts = [prompt if isinstance(prompt, str) else " ".join(prompt) for prompt in prompts]
             questions = [self.find_question(prompt) for prompt in prompts]
         else:
             questions = [self.find_question_in_chat(messages) for messages in _chats(conversation)]

@@ -11,6 +11,8 @@ B prompts, L tokens of the original prompt, S of the short one, D size of an emb
 """
 
 import copy
+import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_history import HISTORY, CompressedHistory, is_full_history, uncompressed_history
 from .original_prompt import GenerationPrompt, OriginalPromptCallback
 from .recoverable_model import ImageInputs, check_placeholder_count
-from .recoverable_vision import Recovery, VisionFeatures
+from .recoverable_vision import Recovery, VisionFeatures, stock_forward
 from .recovery_settings import RecoverySettings
 from .short_prompt import ShortPrompt, locate_placeholders
 from .transformers_names import CACHE, cache_of, is_paged, static_cache_of, the_cache
@@ -222,6 +224,10 @@ class RecoverableGenerationMixin(nn.Module):
                     model_inputs["visual_embeds"] = nn.functional.pad(part, (0, 0, 0, length - part.shape[1]))
         return model_inputs
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        # Since 5.23: where `forward` names this argument, images are encoded before they are expanded to beams.
+        return "mm_encoder_outputs" in inspect.signature(self.stock_class.forward).parameters
+
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: dict[str, Any], assistant_model: Any = None, **kwargs: Any
     ) -> Any:
@@ -317,7 +323,8 @@ class RecoverableGenerationMixin(nn.Module):
                 kwargs["compress"] = False
             for name in QUESTION_INPUTS:  # an assistant would get them too
                 kwargs.pop(name, None)
-            return super().generate(inputs, **options, **kwargs)
+            with nullcontext() if images is None else stock_forward():
+                return super().generate(inputs, **options, **kwargs)
 
         self._check_arguments(inputs, generation_config, kwargs)
         for name in ("input_ids", "pixel_values", "vision_features", *IMAGE_OPTIONS):
@@ -496,7 +503,7 @@ class RecoverableGenerationMixin(nn.Module):
                     placeholders.image[:, num_past:][placeholders.mask[:, num_past:]],
                     torch.ones(num_new, dtype=per_image.dtype, device=per_image.device),
                 )
-                return images.only(is_new > 0)
+                return images.only(is_new > 0, counts.pixel_rows)
         check_placeholder_count(num_new, len(images), counts, settings)
         return images
 

@@ -74,18 +74,26 @@ class ImageInputs:
             given["image_sizes"] = sizes_on_host(given["image_sizes"])
         return cls(pixel_values, vision_features, given)
 
-    def only(self, mask: torch.Tensor) -> "ImageInputs | None":
-        """The images whose entry of `mask` [I] is True; None if there are none. Waits for the device."""
+    def only(self, mask: torch.Tensor, pixel_rows: list[int] | None) -> "ImageInputs | None":
+        """The images whose entry of `mask` [I] is True; None if there are none. Waits for the device.
+
+        Args:
+            pixel_rows: as in `FullCounts`.
+        """
         is_meant = mask.tolist()
         if not any(is_meant):
             return None
         options = dict(self.options)
         if "image_sizes" in options:
             options["image_sizes"] = [size for size, meant in zip(options["image_sizes"], is_meant) if meant]
-        return ImageInputs(self.pixel_values[mask.to(self.pixel_values.device)], None, options)
+        if pixel_rows is not None:
+            is_meant = [meant for meant, number in zip(is_meant, pixel_rows) for _ in range(number)]
+        return ImageInputs(self.pixel_values[torch.tensor(is_meant, device=self.pixel_values.device)], None, options)
 
     def __len__(self) -> int:
-        return len(self.pixel_values if self.vision_features is None else self.vision_features.patches)
+        if self.vision_features is not None:
+            return len(self.vision_features.patches)
+        return len(self.options.get("image_sizes", self.pixel_values))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class FullCounts:
     per_image: torch.Tensor  # [I] long
     longest: int
     total: int
+    pixel_rows: list[int] | None = None  # of `pixel_values` that each image has; None means one
 
 
 @dataclass(frozen=True)

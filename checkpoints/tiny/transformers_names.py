@@ -4,7 +4,9 @@ Written for transformers 5.12 to 5.24. A repo published today runs this code for
 a newer version is said to be untested, once, instead of being refused.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +51,25 @@ def the_cache(past_key_values: Any, cache: Any) -> Any:
             "past_key_values and cache are two names of one argument: pass the KV cache under one of them."
         )
     return cache if past_key_values is None else past_key_values
+
+
+def in_order_of(stock: Callable, ours: Callable) -> Callable:
+    """`ours`, with the arguments that `stock` has too in stock's places, which differ between families."""
+    places = [*inspect.signature(stock).parameters]
+
+    def place(parameter: inspect.Parameter) -> int:
+        is_shared = parameter.name in places and parameter.kind is not parameter.VAR_KEYWORD
+        return places.index(parameter.name) if is_shared else len(places)
+
+    signature = inspect.signature(ours)
+    signature = signature.replace(parameters=sorted(signature.parameters.values(), key=place))
+
+    @functools.wraps(ours)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return ours(**dict(zip(signature.parameters, args)), **kwargs)
+
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    return method
 
 
 def is_paged(cache: Any) -> bool:
