@@ -201,6 +201,7 @@ def draw(results: Results, facts: dict[str, Any], path: Path) -> None:
                 (name, value)
                 for case, name in names_of(results, shape).items()
                 if (value := results.get(shape, batch, *case, "first_token_ms")) is not None
+                and not name.startswith("stock, ")  # measured again: its spread is in the table
             ]
             colours = ["#888888" if "stock" in n else "#c9c9c9" if "bound" in n else "#2a6fb0" for n, _ in known]
             drawn = axis.barh([name for name, _ in known], [value for _, value in known], color=colours)

@@ -22,6 +22,6 @@ LARGE_ANSWERS = {
     "What word is under the fox?": "HAM",
     "What color is the plate of the bee?": "purple",
     "Where is the clock?": "top right",
-    "How many pictures of a snail are there?": "3",
+    "How many pictures of a train are there?": "3",
     "Is there a rocket in the picture?": "no",
 }
