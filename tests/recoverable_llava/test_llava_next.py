@@ -275,6 +275,7 @@ def test_a_pipeline_joins_pictures_of_different_sizes(model, processor, pictures
     assert len(set(alone)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")  # a parameter of its own: image_newline
 @torch.no_grad()
 @pytest.mark.parametrize("placement", ["auto", "disk"])
 def test_placed_on_devices_by_a_map(model, repo_folder, tmp_path, processor, pictures, placement):

@@ -384,6 +384,7 @@ def test_reused_features_and_embeds_spare_the_towers(model, inputs, count_passes
 
 
 @both_families
+@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")  # a parameter of its own: image_newline
 def test_a_vision_tower_that_is_split_over_devices(model, family, repo_folder, tmp_path, processor, pictures):
     """Layers whose weights lie on disk until they are called: what the recovery reads of them must call them, too."""
     inputs = processor(images=pictures[:1], text=["USER: <image>\nwhy ? ASSISTANT:"], return_tensors="pt")

@@ -1,4 +1,4 @@
-"""What upstream's mixins run over: stock LLaVA, and ours with compression off, on, and with a fixed budget.
+"""What upstream's mixins run over, of each family: stock, and ours with compression off, on, and with a fixed budget.
 
 A mixin wants to be part of a test case that has the classes under test, a `model_tester` that makes configurations and
 inputs, and the parts of a processor.
@@ -10,20 +10,36 @@ from typing import Any
 import tiny
 import torch
 from mixins import ConfigTester, GenerationTesterMixin, ModelTesterMixin, ProcessorTesterMixin
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from recoverable_llava import (
     RecoverableLlavaConfig,
     RecoverableLlavaForConditionalGeneration,
     RecoverableLlavaModel,
+    RecoverableLlavaNextConfig,
+    RecoverableLlavaNextForConditionalGeneration,
+    RecoverableLlavaNextModel,
+    RecoverableLlavaNextProcessor,
     RecoverableLlavaProcessor,
 )
 
 
 IMAGE_SIZE, PATCH_SIZE = 12, 2
-NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 36
+GRID_WIDTH = IMAGE_SIZE // PATCH_SIZE  # 6
+NUM_PATCHES = GRID_WIDTH**2  # of a tile
+PINPOINTS = [[IMAGE_SIZE, 2 * IMAGE_SIZE]]  # LLaVA-NeXT's pictures are that large: two tiles, and the base tile
 VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 32,
@@ -61,43 +77,57 @@ QUESTION = {
 IMAGE_TOKEN = 4
 
 # The mixins know a base model by its entry here.
-modeling_auto.MODEL_MAPPING_NAMES[RecoverableLlavaConfig.model_type] = RecoverableLlavaModel.__name__
+for config, model in (
+    (RecoverableLlavaConfig, RecoverableLlavaModel),
+    (RecoverableLlavaNextConfig, RecoverableLlavaNextModel),
+):
+    modeling_auto.MODEL_MAPPING_NAMES[config.model_type] = model.__name__
+
+
+def is_tiled(config_class: type) -> bool:
+    return issubclass(config_class, LlavaNextConfig)
 
 
 class ModelTester:
     """Two prompts with an image each. Upstream's mixins ask for these names."""
 
     batch_size, num_text_tokens = 2, 7
-    seq_length = encoder_seq_length = NUM_PATCHES + num_text_tokens
     vision_config, text_config = VISION, TEXT
     hidden_size, num_hidden_layers = TEXT["hidden_size"], TEXT["num_hidden_layers"]
     num_attention_heads = TEXT["num_attention_heads"]
     is_training = True
 
-    def __init__(self, config_class: type[LlavaConfig], settings: dict[str, Any]):
+    def __init__(self, config_class: type, settings: dict[str, Any]):
         self.config_class, self.settings = config_class, settings
+        # Both tiles' patches besides the base tile's, and a new line for each row of them.
+        self.num_placeholders = NUM_PATCHES + (GRID_WIDTH * (2 * GRID_WIDTH + 1) if is_tiled(config_class) else 0)
+        self.seq_length = self.encoder_seq_length = self.num_placeholders + self.num_text_tokens
 
-    def get_config(self) -> LlavaConfig:
+    def get_config(self) -> Any:
         return self.config_class(
             vision_config=dict(VISION),
             text_config=dict(TEXT),
             image_token_index=IMAGE_TOKEN,
             image_seq_length=NUM_PATCHES,
             vision_feature_layer=-1,  # of two layers the one before leaves the last without gradient
+            **({"image_grid_pinpoints": PINPOINTS} if is_tiled(self.config_class) else {}),
             **self.settings,
         )
 
-    def prepare_config_and_inputs_for_common(self) -> tuple[LlavaConfig, dict[str, torch.Tensor]]:
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
         config = self.get_config()
         text = torch.randint(IMAGE_TOKEN + 1, TEXT["vocab_size"], (self.batch_size, self.num_text_tokens))
-        image = torch.full((self.batch_size, NUM_PATCHES), IMAGE_TOKEN)
+        image = torch.full((self.batch_size, self.num_placeholders), IMAGE_TOKEN)
         input_ids = torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "pixel_values": torch.rand(self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE),
         }
-        if isinstance(config, RecoverableLlavaConfig):
+        if is_tiled(self.config_class):
+            inputs["pixel_values"] = torch.rand(self.batch_size, 3, 3, IMAGE_SIZE, IMAGE_SIZE)
+            inputs["image_sizes"] = torch.tensor(PINPOINTS * self.batch_size)
+        if hasattr(config, "question_config"):
             start, end = QUESTION["bos_token_id"], QUESTION["eos_token_id"]
             question = torch.randint(0, start, (self.batch_size, QUESTION["max_position_embeddings"]))
             question[:, 0], question[:, -1] = start, end
@@ -105,13 +135,15 @@ class ModelTester:
         return config, inputs
 
 
-def model_case(config_class: type[LlavaConfig], model_classes: tuple[type, ...], settings: dict[str, Any]) -> type:
+def model_case(config_class: type, model_classes: tuple[type, ...], settings: dict[str, Any]) -> type:
     class ModelCase(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
         all_model_classes = model_classes
         _is_composite = True
         test_can_init_all_missing_weights_before_2023 = True
         # LLaVA reads one layer of the tower, so what follows that layer has none.
         test_all_params_have_gradient = False
+        # LLaVA-NeXT's tower sees tiles, as upstream's own test of it says.
+        skip_test_image_features_output_shape = is_tiled(config_class)
 
         def setUp(self) -> None:
             self.model_tester = ModelTester(config_class, settings)
@@ -119,7 +151,7 @@ def model_case(config_class: type[LlavaConfig], model_classes: tuple[type, ...],
     return ModelCase
 
 
-def configuration_case(config_class: type[LlavaConfig], settings: dict[str, Any]) -> type:
+def configuration_case(config_class: type, settings: dict[str, Any]) -> type:
     """Upstream runs these checks as one test; here each is a test."""
 
     class ConfigurationCase(unittest.TestCase):
@@ -140,7 +172,7 @@ def configuration_case(config_class: type[LlavaConfig], settings: dict[str, Any]
     return ConfigurationCase
 
 
-def processor_case(processor: type[LlavaProcessor], settings: dict[str, Any]) -> type:
+def processor_case(processor: type, settings: dict[str, Any]) -> type:
     class ProcessorCase(ProcessorTesterMixin, unittest.TestCase):
         processor_class = processor
 
@@ -154,9 +186,10 @@ def processor_case(processor: type[LlavaProcessor], settings: dict[str, Any]) ->
 
         @classmethod
         def _setup_image_processor(cls) -> Any:
-            return CLIPImageProcessorPil(
-                size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-            )
+            size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+            if issubclass(processor, LlavaNextProcessor):
+                return LlavaNextImageProcessorPil(**size, image_grid_pinpoints=PINPOINTS)
+            return CLIPImageProcessorPil(**size)
 
         @staticmethod
         def prepare_processor_dict() -> dict[str, Any]:
@@ -182,15 +215,30 @@ def cases(
     }
 
 
-OURS = (
-    RecoverableLlavaConfig,
-    (RecoverableLlavaModel, RecoverableLlavaForConditionalGeneration),
-    RecoverableLlavaProcessor,
-)
 RECOVERY = {**tiny.RECOVERY, "question_config": QUESTION}
-CONTROL = cases(LlavaConfig, (LlavaModel, LlavaForConditionalGeneration), LlavaProcessor)
-SUBJECTS = {
-    "off": cases(*OURS, compress=False, **RECOVERY),
-    "adaptive": cases(*OURS, **RECOVERY),
-    "budget": cases(*OURS, budget=8, **RECOVERY),
+OURS = {
+    "llava": (
+        RecoverableLlavaConfig,
+        (RecoverableLlavaModel, RecoverableLlavaForConditionalGeneration),
+        RecoverableLlavaProcessor,
+    ),
+    "llava_next": (
+        RecoverableLlavaNextConfig,
+        (RecoverableLlavaNextModel, RecoverableLlavaNextForConditionalGeneration),
+        RecoverableLlavaNextProcessor,
+    ),
 }
+CONTROLS = {
+    "llava": cases(LlavaConfig, (LlavaModel, LlavaForConditionalGeneration), LlavaProcessor),
+    "llava_next": cases(LlavaNextConfig, (LlavaNextModel, LlavaNextForConditionalGeneration), LlavaNextProcessor),
+}
+SUBJECTS = {
+    family: {
+        "off": cases(*ours, compress=False, **RECOVERY),
+        "adaptive": cases(*ours, **RECOVERY),
+        "budget": cases(*ours, budget=8, **RECOVERY),
+    }
+    for family, ours in OURS.items()
+}
+# What the families share with compression off, LLaVA-1.5 shows.
+del SUBJECTS["llava_next"]["off"]
