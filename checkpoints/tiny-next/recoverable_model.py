@@ -550,8 +550,9 @@ def check_placeholder_count(
         return
     budget = settings.visual_token_budget
     short = "" if budget is None else f" (or visual_token_budget = {budget} each, {num_images * budget} in all)"
+    at_most = "" if counts.longest * num_images == counts.total else "at most "
     raise ValueError(
-        f"The prompts have {count} image placeholders, but {num_images} images need {counts.longest} each, "
+        f"The prompts have {count} image placeholders, but {num_images} images need {at_most}{counts.longest} each, "
         f"{counts.total} in all{short}, and an image's placeholders stand in one prompt. Prepare prompts and images "
         "together with the repo's processor."
     )
