@@ -25,8 +25,9 @@ class RecoverableLlavaNextProcessor(QuestionProcessorMixin, LlavaNextProcessor):
             height, width = pixels.shape[-2:]
             pinpoints = self.image_processor.image_grid_pinpoints
             most_tiles = 1 + max((tall // height) * (wide // width) for tall, wide in pinpoints)
-            empty = (0, 0) * 3 + (0, most_tiles - pixels.shape[1])
-            inputs["pixel_values"] = torch.nn.functional.pad(pixels, empty)
+            # A call may name other resolutions, of more tiles.
+            missing = max(most_tiles - pixels.shape[1], 0)
+            inputs["pixel_values"] = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing))
         return inputs
 
     def _get_number_of_features(self, *sizes: int) -> int:
