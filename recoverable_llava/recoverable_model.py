@@ -130,9 +130,22 @@ class ImageTokens:
 
 
 def sizes_on_host(image_sizes: Any) -> list[tuple[int, int]]:
-    """(height, width) of each image, of [I, 2] `image_sizes`: a tensor or lists. Shapes depend on them, as in stock."""
+    """(height, width) of each image, of [I, 2] `image_sizes`: a tensor or lists. Shapes depend on them, as in stock.
+
+    Raises:
+        ValueError: unless they are pairs of numbers of at least 1.
+    """
     rows = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
-    return [(int(height), int(width)) for height, width in rows]
+    try:
+        sizes = [(int(height), int(width)) for height, width in rows]
+    except (TypeError, ValueError):
+        sizes = [(0, 0)]
+    if any(min(size) < 1 for size in sizes):
+        raise ValueError(
+            f"image_sizes is {rows}: pass the (height, width) in pixels of every image, [images, 2], which the repo's "
+            "processor returns along with pixel_values."
+        )
+    return sizes
 
 
 class RecoverableModelMixin(RecoverableVisionMixin):

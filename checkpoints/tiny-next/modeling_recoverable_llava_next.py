@@ -141,9 +141,16 @@ class LlavaNextFamilyMixin(RecoverableVisionMixin):
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See `RecoverableVisionMixin.get_image_features`; stock LLaVA-NeXT passes the sizes in the second place."""
+        """See `RecoverableVisionMixin.get_image_features`; stock LLaVA-NeXT passes the sizes in the second place.
+
+        Raises:
+            ValueError: if the sizes do not belong to the pixels, or for the `"full"` strategy, as in the other calls.
+        """
+        check_strategy(vision_feature_select_strategy or self.config.vision_feature_select_strategy)
+        sizes = None if image_sizes is None else sizes_on_host(image_sizes)
+        self.tiles_of(pixel_values, sizes)
         return super().get_image_features(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, **kwargs
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, sizes, **kwargs
         )
 
 

@@ -307,7 +307,7 @@ class RecoverableVisionMixin(nn.Module):
         if questions is None:
             logger.warning_once(
                 "No question was given (question_input_ids or question_embeds): visual tokens are chosen by class "
-                "attention alone. RecoverableLlavaProcessor adds the question to the inputs."
+                "attention alone. The repo's processor adds the question to the inputs."
             )
             return ScoredImages(vision, None, None)
         device = vision.relevance_embeds.device

@@ -326,9 +326,11 @@ def test_a_budget_above_what_an_image_has(model, processor, pictures):
 
 def test_sizes_must_be_there(model, processor, pictures):
     inputs = {name: value for name, value in batch_of(processor, pictures).items() if name != "image_sizes"}
-    for call in calls(model):
-        with pytest.raises(ValueError, match=r"image_sizes is missing: pass the \(height, width\)"):
-            call(**inputs)
+    for compress in (False, True):
+        model.config.compress = compress
+        for call in calls(model):
+            with pytest.raises(ValueError, match=r"image_sizes is missing: pass the \(height, width\)"):
+                call(**inputs)
     with pytest.raises(ValueError, match="image_sizes is missing"):
         model.get_vision_features(inputs["pixel_values"])
     model.config.visual_token_budget = 9
@@ -364,6 +366,22 @@ def test_sizes_that_do_not_belong_to_the_pixels(model, processor, pictures, budg
     for call in (*calls(model), lambda **inputs: model.get_vision_features(**images_of(inputs))):
         with pytest.raises(ValueError, match=message):
             call(**inputs)
+    model.config.compress = False
+    for call in (model, model.generate, lambda **inputs: model.get_image_features(**images_of(inputs))):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs)
+
+
+@pytest.mark.parametrize(
+    "sizes", [torch.tensor([84, 84]), torch.tensor([[84, 84, 3]] * 3), torch.zeros(3, 2), [[84, 84], [84, -1]]], ids=str
+)
+def test_sizes_that_are_none(model, processor, pictures, sizes):
+    inputs = {**batch_of(processor, pictures), "image_sizes": sizes}
+    for compress in (True, False):
+        model.config.compress = compress
+        for call in (*calls(model), lambda **inputs: model.get_image_features(**images_of(inputs))):
+            with pytest.raises(ValueError, match=r"image_sizes is \[.*\]: pass the \(height, width\) in pixels"):
+                call(**inputs)
 
 
 def test_placeholders_of_other_sizes(model, processor, pictures):
@@ -396,8 +414,12 @@ def test_class_tokens_have_no_place(model, processor, pictures):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match=message):
                 call(**inputs, vision_feature_select_strategy="full")
-        with pytest.raises(ValueError, match=message):
-            model.get_vision_features(**images_of(inputs), vision_feature_select_strategy="full")
+        for read in (model.get_vision_features, model.get_image_features):
+            with pytest.raises(ValueError, match=message):
+                read(**images_of(inputs), vision_feature_select_strategy="full")
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**inputs, vision_feature_select_strategy="full", compress=False)
     processor.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match=message):
         batch_of(processor, pictures)
