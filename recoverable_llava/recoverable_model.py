@@ -139,8 +139,8 @@ def sizes_on_host(image_sizes: Any) -> list[tuple[int, int]]:
     try:
         sizes = [(int(height), int(width)) for height, width in rows]
     except (TypeError, ValueError):
-        sizes = [(0, 0)]
-    if any(min(size) < 1 for size in sizes):
+        sizes = None
+    if sizes is None or any(min(size) < 1 for size in sizes):
         raise ValueError(
             f"image_sizes is {rows}: pass the (height, width) in pixels of every image, [images, 2], which the repo's "
             "processor returns along with pixel_values."
