@@ -18,22 +18,12 @@ from .modeling_recoverable_llava import (
 from .modeling_recoverable_llava_next import RecoverableLlavaNextForConditionalGeneration, RecoverableLlavaNextModel
 from .processing_recoverable_llava import RecoverableLlavaProcessor
 from .processing_recoverable_llava_next import RecoverableLlavaNextProcessor
+from .tools.families import FAMILIES
 
 
-for config, model, whole_model, processor in (
-    (
-        RecoverableLlavaConfig,
-        RecoverableLlavaModel,
-        RecoverableLlavaForConditionalGeneration,
-        RecoverableLlavaProcessor,
-    ),
-    (
-        RecoverableLlavaNextConfig,
-        RecoverableLlavaNextModel,
-        RecoverableLlavaNextForConditionalGeneration,
-        RecoverableLlavaNextProcessor,
-    ),
-):
+for family in FAMILIES.values():
+    config, whole_model, processor = family.config_class, family.model_class, family.processor_class
+    model = whole_model.model_class
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
     AutoModelForImageTextToText.register(config, whole_model)

@@ -10,14 +10,13 @@ from transformers import (
     LlavaProcessor,
 )
 
-from recoverable_llava import (
-    RecoverableLlavaConfig,
-    RecoverableLlavaForConditionalGeneration,
-    RecoverableLlavaNextConfig,
-    RecoverableLlavaNextForConditionalGeneration,
-    RecoverableLlavaNextProcessor,
-    RecoverableLlavaProcessor,
-)
+# Not from the package itself, which registers these families as it is imported.
+from ..configuration_recoverable_llava import RecoverableLlavaConfig
+from ..configuration_recoverable_llava_next import RecoverableLlavaNextConfig
+from ..modeling_recoverable_llava import RecoverableLlavaForConditionalGeneration
+from ..modeling_recoverable_llava_next import RecoverableLlavaNextForConditionalGeneration
+from ..processing_recoverable_llava import RecoverableLlavaProcessor
+from ..processing_recoverable_llava_next import RecoverableLlavaNextProcessor
 
 
 @dataclass(frozen=True)
